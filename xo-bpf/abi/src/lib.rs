@@ -1,0 +1,159 @@
+//! Types shared by the eBPF programs and user space.
+//!
+//! Everything here is plain old data with a fixed layout: the sizes are asserted below, because the
+//! built object (`xo-bpf/obj/xo.bpf.o`) and the daemon are compiled apart.
+#![no_std]
+
+/// Name of the map that holds [`FlowEntry`] by [`FlowKey`]: consulted on ingress.
+pub const FLOWS_MAP: &str = "FLOWS";
+/// Name of the map that holds [`RewriteEntry`] by [`FlowKey`]: consulted on egress.
+pub const REWRITES_MAP: &str = "REWRITES";
+/// Name of the ring buffer that carries [`HeldHeader`] followed by the packet, from its network header on.
+pub const HELD_MAP: &str = "HELD";
+/// Name of the per-CPU array of `u64` counters, indexed by [`Path`].
+pub const COUNTERS_MAP: &str = "COUNTERS";
+/// Name of the ingress program.
+pub const INGRESS_PROGRAM: &str = "xo_ingress";
+/// Name of the egress program.
+pub const EGRESS_PROGRAM: &str = "xo_egress";
+
+/// One direction-free TCP flow as this machine sees it. IPv4 addresses are v4-mapped (`::ffff:a.b.c.d`).
+/// Ports and addresses are in network byte order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The client's address.
+    pub remote: [u8; 16],
+    /// This machine's address.
+    pub local: [u8; 16],
+    /// The client's port, network byte order.
+    pub remote_port: u16,
+    /// This machine's port, network byte order.
+    pub local_port: u16,
+}
+
+/// What ingress does with a flow's packets.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The paper's BLOCK: the packet never reaches the local stack. It is copied to [`HELD_MAP`] so that
+    /// user space can replay it once the flow has found its place.
+    Hold = 0,
+    /// Rewrite the destination to `to_addr:to_port` and send it on.
+    Redirect = 1,
+}
+
+/// [`FlowEntry::flags`]: the client has sent a FIN.
+pub const FLAG_CLIENT_FIN: u32 = 1;
+/// [`FlowEntry::flags`]: the client has sent a RST.
+pub const FLAG_CLIENT_RST: u32 = 2;
+
+/// Value of [`FLOWS_MAP`]. User space writes it whole; the program updates `flags`, `packets`, `bytes`, `last_ns`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowEntry {
+    /// Identity of the hand-off that owns the entry; user space removes an entry only if it still owns it.
+    pub flow_id: u64,
+    /// Packets seen in this state.
+    pub packets: u64,
+    /// Bytes seen in this state, from the network header on.
+    pub bytes: u64,
+    /// Time of the last packet, `CLOCK_MONOTONIC` nanoseconds (`bpf_ktime_get_ns`).
+    pub last_ns: u64,
+    /// An [`Action`].
+    pub action: u32,
+    /// `FLAG_*`.
+    pub flags: u32,
+    /// New destination address, v4-mapped for IPv4.
+    pub to_addr: [u8; 16],
+    /// New destination port, network byte order.
+    pub to_port: u16,
+    /// Zero.
+    pub pad: [u8; 6],
+}
+
+/// Value of [`REWRITES_MAP`]: the source that a target's packets must carry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RewriteEntry {
+    /// Identity of the hand-off that owns the entry.
+    pub flow_id: u64,
+    /// Packets rewritten.
+    pub packets: u64,
+    /// Bytes rewritten, from the network header on.
+    pub bytes: u64,
+    /// Time of the last packet, `CLOCK_MONOTONIC` nanoseconds.
+    pub last_ns: u64,
+    /// The host's address, v4-mapped for IPv4.
+    pub from_addr: [u8; 16],
+    /// The host's port, network byte order.
+    pub from_port: u16,
+    /// Zero.
+    pub pad: [u8; 6],
+}
+
+/// Precedes each packet in [`HELD_MAP`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldHeader {
+    /// The flow the packet belongs to.
+    pub key: FlowKey,
+    /// Bytes of packet that follow, from the network header on.
+    pub len: u32,
+    /// [`FlowEntry::flow_id`] of the entry that held it.
+    pub flow_id: u64,
+    /// `gso_size` of the skb: payload bytes per segment of an aggregate, 0 for a single packet.
+    pub gso_size: u32,
+    /// 4 or 6.
+    pub ip_version: u32,
+}
+
+/// Index into [`COUNTERS_MAP`]: the path a packet took. Programs count every packet of a known flow.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Ingress: no entry; passed to the local stack.
+    IngressMiss = 0,
+    /// Ingress: held for replay.
+    Held = 1,
+    /// Ingress: to be held, but the ring was full or the packet too long; dropped (TCP recovers).
+    HoldDropped = 2,
+    /// Ingress: rewritten and redirected.
+    Redirected = 3,
+    /// Ingress: of a redirected flow, but a rewrite helper failed; dropped.
+    RedirectFailed = 4,
+    /// Ingress: a SYN for a flow whose client had closed: entry removed, packet passed to the local stack.
+    Reused = 5,
+    /// Ingress: a fragment or a truncated header; passed.
+    Unparsed = 6,
+    /// Egress: no entry; passed.
+    EgressMiss = 7,
+    /// Egress: source rewritten.
+    Rewritten = 8,
+    /// Egress: of a known flow, but a rewrite helper failed; dropped.
+    RewriteFailed = 9,
+}
+
+/// Number of [`Path`] variants.
+pub const PATHS: u32 = 10;
+
+/// Name of each [`Path`], by index, for metrics.
+pub const PATH_NAMES: [&str; PATHS as usize] = [
+    "ingress_miss", "held", "hold_dropped", "redirected", "redirect_failed", "reused", "unparsed", "egress_miss",
+    "rewritten", "rewrite_failed",
+];
+
+const _: () = assert!(size_of::<FlowKey>() == 36);
+const _: () = assert!(size_of::<FlowEntry>() == 64);
+const _: () = assert!(size_of::<RewriteEntry>() == 56);
+const _: () = assert!(size_of::<HeldHeader>() == 56);
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: repr(C), no implicit padding (sizes asserted above), any bit pattern is valid.
+    unsafe impl aya::Pod for super::FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::FlowEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::RewriteEntry {}
+}

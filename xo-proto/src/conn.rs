@@ -1,0 +1,117 @@
+//! The transferable connection: everything a machine needs to continue another machine's TCP connection.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use bincode::{Decode, Encode};
+
+/// A TCP connection between two request boundaries.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct ConnRecord {
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The address and port the client talks to: the host's, wherever the connection has been moved.
+    pub local: SocketAddr,
+    /// Protocol state (RFC 9293 section 3.3.1 and the negotiated options).
+    pub tcp: TcpState,
+    /// Socket options that the server had set.
+    pub options: SockOptions,
+}
+
+/// State of an ESTABLISHED TCP socket. Sequence numbers are the *ends* of the queues, as
+/// `TCP_QUEUE_SEQ` reports them in repair mode.
+#[derive(Clone, PartialEq, Eq, Default, Encode, Decode)]
+pub struct TcpState {
+    /// SND: sequence number after the last byte the server has written (the kernel's `write_seq`).
+    pub snd_seq: u32,
+    /// RCV.NXT: sequence number after the last byte in `received`.
+    pub rcv_seq: u32,
+    /// Bytes sent and not acknowledged.
+    pub sent: Vec<u8>,
+    /// Bytes written by the server and not yet sent.
+    pub unsent: Vec<u8>,
+    /// Bytes received and not yet read by the server; begins with the request to be served.
+    pub received: Vec<u8>,
+    /// MSS clamp: the peer's MSS option (`TCP_MAXSEG` in repair mode), bytes.
+    pub mss_clamp: u16,
+    /// Effective segment size before the move (`tcpi_snd_mss`), bytes; for verification only.
+    pub snd_mss: u16,
+    /// Window scale: (ours to apply to what the peer advertises, ours to announce), if negotiated.
+    pub wscale: Option<(u8, u8)>,
+    /// SACK permitted, if negotiated.
+    pub sack: bool,
+    /// Timestamps, if negotiated.
+    pub timestamps: Option<Timestamps>,
+    /// Windows, as `TCP_REPAIR_WINDOW` reports them.
+    pub window: Window,
+}
+
+/// The TCP timestamp clock (RFC 7323).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Timestamps {
+    /// `TCP_TIMESTAMP` as the kernel returned it; bit 0 carries the unit on kernels that know microseconds.
+    pub value: u32,
+    /// The unit is microseconds (`TCPI_OPT_USEC_TS`), else milliseconds.
+    pub usec: bool,
+}
+
+/// `struct tcp_repair_window`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Encode, Decode)]
+pub struct Window {
+    /// Sequence number of the segment used for the last send-window update (SND.WL1).
+    pub snd_wl1: u32,
+    /// Send window, bytes (SND.WND).
+    pub snd_wnd: u32,
+    /// Largest send window the peer has ever offered, bytes.
+    pub max_window: u32,
+    /// Receive window, bytes (RCV.WND).
+    pub rcv_wnd: u32,
+    /// RCV.NXT when the window was last announced.
+    pub rcv_wup: u32,
+}
+
+/// Socket options that travel with the connection; none would by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Encode, Decode)]
+pub struct SockOptions {
+    /// `TCP_NODELAY`.
+    pub nodelay: bool,
+    /// `SO_KEEPALIVE`.
+    pub keepalive: bool,
+    /// `TCP_KEEPIDLE`, seconds.
+    pub keepidle: u32,
+    /// `TCP_KEEPINTVL`, seconds.
+    pub keepintvl: u32,
+    /// `TCP_KEEPCNT`.
+    pub keepcnt: u32,
+    /// `TCP_USER_TIMEOUT`, milliseconds, 0 for the default.
+    pub user_timeout: u32,
+    /// `IP_TOS` or `IPV6_TCLASS`.
+    pub tos: u8,
+    /// `TCP_CONGESTION`, the algorithm's name; the target's default where it does not have it.
+    pub congestion: String,
+    /// `SO_RCVBUF` as the kernel reports it (already doubled), bytes.
+    pub rcvbuf: u32,
+    /// `SO_SNDBUF` as the kernel reports it (already doubled), bytes.
+    pub sndbuf: u32,
+    /// `SO_BUF_LOCK`: which of the two the server had fixed (1 send, 2 receive); the others keep autotuning.
+    pub buf_lock: u8,
+}
+
+/// Payload is the client's: its length is printed, never its bytes.
+impl fmt::Debug for TcpState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcpState")
+            .field("snd_seq", &self.snd_seq)
+            .field("rcv_seq", &self.rcv_seq)
+            .field("sent", &self.sent.len())
+            .field("unsent", &self.unsent.len())
+            .field("received", &self.received.len())
+            .field("mss_clamp", &self.mss_clamp)
+            .field("snd_mss", &self.snd_mss)
+            .field("wscale", &self.wscale)
+            .field("sack", &self.sack)
+            .field("timestamps", &self.timestamps)
+            .field("window", &self.window)
+            .finish()
+    }
+}

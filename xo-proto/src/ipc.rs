@@ -1,0 +1,103 @@
+//! Messages between the library and its machine's daemon, over a `SOCK_SEQPACKET` Unix socket: one message
+//! per packet, at most one descriptor with it.
+
+use std::net::SocketAddr;
+
+use bincode::{Decode, Encode};
+
+use crate::reason::Reason;
+
+/// Version of this interface; library and daemon of different versions part at once.
+pub const VERSION: u16 = 1;
+
+/// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
+/// root, its workers inherit the ticket and show it when they have dropped their privileges.
+pub type Ticket = [u8; 16];
+
+/// Library to daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum ToDaemon {
+    /// First message.
+    Hello {
+        /// [`VERSION`].
+        version: u16,
+        /// The ticket that a parent process was given.
+        ticket: Option<Ticket>,
+    },
+    /// Hand this connection over. Carries the connection's descriptor. The verdict comes in the slot.
+    Offload(Offload),
+    /// This process accepts connections from the listening socket that this message carries.
+    Register {
+        /// It waits for the listening socket with epoll, and has added our socket there: a delivery wakes it.
+        /// Otherwise the daemon wakes it with a loopback connection.
+        epoll: bool,
+    },
+    /// Blocking request: the connection just accepted from this local port is a wake-up; which restored
+    /// connection is it for? Answered by `Deliver` or `Nothing`.
+    Take {
+        /// Source port of the wake-up connection.
+        wake_port: u16,
+    },
+}
+
+/// A request to move a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Offload {
+    /// Index into the slot table.
+    pub slot: u32,
+    /// The slot's generation.
+    pub generation: u32,
+    /// Target's node name.
+    pub target: String,
+    /// Peer address of the target's daemon.
+    pub address: SocketAddr,
+    /// Handler at the target.
+    pub handler: String,
+    /// `CLOCK_MONOTONIC` when the policy had decided, ns.
+    pub decided_ns: u64,
+}
+
+/// Daemon to library.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum FromDaemon {
+    /// Answer to `Hello`. Carries the slot table (memfd).
+    Welcome {
+        /// [`VERSION`].
+        version: u16,
+        /// This machine's node name.
+        node: String,
+        /// For the process's children.
+        ticket: Ticket,
+    },
+    /// Answer to `Hello` from a process that may not use the daemon.
+    Denied {
+        /// What is wrong, for the log.
+        detail: String,
+    },
+    /// A restored connection. Carries its descriptor.
+    Deliver(Deliver),
+    /// Answer to `Take`: nothing waits under that port.
+    Nothing,
+}
+
+/// A connection for this process to accept.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Deliver {
+    /// Index into the slot table's deliveries, where the library says when it has closed the connection.
+    pub delivery: u32,
+    /// The client, for `accept`'s address argument.
+    pub client: SocketAddr,
+    /// Port of the listening socket that it is to come out of.
+    pub listen_port: u16,
+}
+
+/// Outcome of an [`Offload`], kept in the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Not decided yet.
+    Pending,
+    /// The connection is elsewhere: it has ended for this process.
+    Gone,
+    /// The connection stays; the request is in its receive queue.
+    Stay(Reason),
+}

@@ -1,0 +1,13 @@
+//! XO's logic, without I/O.
+//!
+//! Nothing here makes a system call, reads a clock or looks at the environment: bytes, events and times
+//! come in as arguments, decisions come out as values. That is what lets the state machines be simulated,
+//! the parsers be fuzzed, and the same code run inside other people's servers and in the daemon.
+#![forbid(unsafe_code)]
+
+pub mod conn;
+pub mod frame;
+pub mod ipc;
+pub mod reason;
+pub mod slot;
+pub mod wire;

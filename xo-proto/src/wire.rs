@@ -1,0 +1,107 @@
+//! Messages between two `xo-peerd` daemons. See docs/PROTOCOL.md for the order and the reasons.
+
+use std::net::SocketAddr;
+
+use bincode::{Decode, Encode};
+
+use crate::conn::ConnRecord;
+use crate::reason::Reason;
+
+/// Version of this protocol; peers of different versions refuse each other's hand-offs.
+pub const VERSION: u16 = 1;
+/// First field of the first message.
+pub const MAGIC: [u8; 4] = *b"XOP1";
+
+/// Identity of one hand-off, unique among those of the node that began it, across its restarts.
+pub type HandoffId = u64;
+
+/// A message of the peer channel.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum PeerMessage {
+    /// First message in each direction.
+    Hello(Hello),
+    /// Host to target: here is a connection; restore it and say where (paper 4.1.1, `BEGIN_OFFLOAD`).
+    BeginOffload(BeginOffload),
+    /// Target to host: restored, in repair mode, its source rewrite installed (`TARGET_READY`).
+    TargetReady(TargetReady),
+    /// Target to host: not here; the host serves the request itself.
+    Refuse(Refuse),
+    /// Host to target: packets come to you from now on; serve the request (`HOST_READY`).
+    HostReady(HandoffId),
+    /// Host to target: forget it; sent only while the host has not redirected the flow.
+    Abort(HandoffId),
+    /// Target to host: the handler has the socket.
+    Handed(Handed),
+    /// Target to host: the connection's TCP close has finished; remove the redirect.
+    Closed(HandoffId),
+    /// Host to target: the redirect is gone; remove the source rewrite.
+    ClosedAck(HandoffId),
+    /// Liveness probe; answered by `Pong` with the same number.
+    Ping(u64),
+    /// Answer to `Ping`.
+    Pong(u64),
+}
+
+/// Who is speaking.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// [`MAGIC`].
+    pub magic: [u8; 4],
+    /// [`VERSION`].
+    pub version: u16,
+    /// Node name; must be the one in the certificate.
+    pub node: String,
+    /// `/proc/sys/kernel/random/boot_id`: two daemons with the same one share a monotonic clock.
+    pub boot_id: [u8; 16],
+    /// The kernel's `TCP_TIMESTAMP` carries the timestamp unit in bit 0.
+    pub usec_timestamps: bool,
+}
+
+/// `BEGIN_OFFLOAD`.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct BeginOffload {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// Handler that is to get the socket.
+    pub handler: String,
+    /// The connection.
+    pub record: ConnRecord,
+}
+
+/// `TARGET_READY`.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TargetReady {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// Where the restored socket listens for the client's packets; the port differs from the host's when
+    /// the 4-tuple was taken.
+    pub local: SocketAddr,
+    /// Time to restore the socket, ns.
+    pub restore_ns: u64,
+    /// Time to install the source rewrite, ns.
+    pub rewrite_ns: u64,
+    /// Time from receiving `BEGIN_OFFLOAD` to sending this, ns.
+    pub total_ns: u64,
+}
+
+/// Refusal of a hand-off.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Refuse {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// Why.
+    pub reason: Reason,
+    /// What the kernel said, for the log.
+    pub detail: String,
+}
+
+/// The handler has the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Handed {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// Time from receiving `HOST_READY` to the socket being handed over, ns.
+    pub hand_ns: u64,
+    /// `CLOCK_MONOTONIC` at that moment, ns; comparable when both ends share a boot.
+    pub at_ns: u64,
+}

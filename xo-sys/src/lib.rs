@@ -1,0 +1,6 @@
+//! The system calls that are XO's own.
+//!
+//! Everything goes to the kernel directly (see [`raw`]): this crate is linked into the preload library,
+//! where a call through libc's `recvmsg` would end in our own hook.
+pub mod raw;
+pub mod slots;
