@@ -7,7 +7,11 @@
 
 pub mod conn;
 pub mod frame;
+pub mod handoff;
+pub mod http;
 pub mod ipc;
+pub mod packet;
+pub mod policy;
 pub mod reason;
 pub mod slot;
 pub mod wire;

@@ -2,5 +2,10 @@
 //!
 //! Everything goes to the kernel directly (see [`raw`]): this crate is linked into the preload library,
 //! where a call through libc's `recvmsg` would end in our own hook.
+pub mod fdpass;
+pub mod probe;
 pub mod raw;
+pub mod replay;
 pub mod slots;
+pub mod sock_diag;
+pub mod tcp_repair;

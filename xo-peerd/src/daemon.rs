@@ -1,0 +1,169 @@
+//! Puts the daemon together: interfaces, steering, sockets, then the event loop.
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::fs;
+
+use mio::Poll;
+use mio::net::TcpListener;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use socket2::Socket;
+use xo_proto::wire::{Hello, MAGIC, VERSION};
+use xo_sys::replay::RawSender;
+use xo_sys::sock_diag::TcpLookup;
+use xo_sys::{fdpass, probe};
+
+use crate::config::Config;
+use crate::engine::{Engine, Parts};
+use crate::links;
+use crate::metrics::Metrics;
+use crate::steer::Steer;
+use crate::tls::Tls;
+
+/// Everyone may connect to the socket; who may use it is decided by peer credentials and tickets.
+const SOCKET_MODE: u32 = 0o666;
+/// Smallest MTU that replayed packets are cut to when an interface's cannot be read, bytes.
+const DEFAULT_MTU: usize = 1500;
+
+/// How the daemon was started.
+pub struct RunOptions {
+    /// Started by the library of a server: ends when nobody is left to serve.
+    pub embedded: bool,
+    /// Written to and closed when the socket answers.
+    pub ready_fd: Option<RawFd>,
+}
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// Whatever keeps it from starting: missing privileges, an address in use, unusable certificates ...
+pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error>> {
+    let tls = match &config.tls {
+        Some(files) if !config.insecure => Some(Tls::load(files)?),
+        _ => None,
+    };
+    if config.insecure {
+        log::warn!("insecure = true: peers are neither authenticated nor encrypted");
+    }
+    complete_addresses(&mut config)?;
+    let features = probe::Features::detect();
+    let steer = Steer::load(&config.interfaces, config.steering.max_flows, config.steering.hold_bytes)?;
+    let ipc_listener = listen_local(&config)?;
+    let socket = config.socket.clone();
+    let peer_listener = config
+        .listen
+        .map(|a| TcpListener::bind(a).map_err(|e| format!("listen = \"{a}\": {e}")))
+        .transpose()?;
+    let metrics = Arc::new(Metrics::new());
+    let hello = Hello {
+        magic: MAGIC,
+        version: VERSION,
+        node: config.node.clone(),
+        boot_id: probe::boot_id()?,
+        usec_timestamps: features.usec_timestamps,
+    };
+    let mut random = [0_u8; 20];
+    fill_random(&mut random)?;
+    let (ticket, epoch) = split_random(random);
+    let mtu = config.interfaces.iter().filter_map(|i| links::mtu(i).ok()).min().unwrap_or(DEFAULT_MTU);
+    log::info!(
+        "xo-peerd {} on {}: socket {}, peers {}, interfaces {} ({}), addresses {:?}",
+        env!("CARGO_PKG_VERSION"),
+        config.node,
+        socket.display(),
+        config.listen.map_or_else(|| "none".into(), |a| a.to_string()),
+        config.interfaces.join(", "),
+        steer.mode(),
+        config.addresses,
+    );
+    let parts = Parts {
+        embedded: options.embedded,
+        poll: Poll::new()?,
+        metrics,
+        steer,
+        raw: RawSender::new()?,
+        diag: TcpLookup::new()?,
+        tls,
+        hello,
+        ticket,
+        // Numbers of an earlier life of this daemon must not be met again.
+        first_id: u64::from(epoch) << 32,
+        mtu,
+        ipc_listener,
+        peer_listener,
+        signals: signals()?,
+        config,
+    };
+    let mut engine = Engine::new(parts)?;
+    if let Some(fd) = options.ready_fd {
+        // SAFETY: the starter passes a descriptor for this purpose; nobody else uses it.
+        let mut pipe = fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        pipe.write_all(b"1")?;
+    }
+    let result = engine.run();
+    let _ = fs::remove_file(&socket);
+    Ok(result?)
+}
+
+/// Interfaces and addresses that the configuration leaves open.
+fn complete_addresses(config: &mut Config) -> Result<(), Box<dyn Error>> {
+    let all = links::all_addresses()?;
+    if config.interfaces.is_empty() {
+        config.interfaces = match config.listen {
+            Some(a) if !a.ip().is_unspecified() => links::interfaces_of(&[a.ip()])?,
+            _ => all.iter().map(|(name, _)| name.clone()).collect(),
+        };
+        config.interfaces.dedup();
+    }
+    if config.interfaces.is_empty() {
+        return Err("no interface to steer: none is up with a global address".into());
+    }
+    for name in &config.interfaces {
+        for v4 in [true, false] {
+            let has = |ips: &[IpAddr]| ips.iter().any(|ip| ip.is_ipv4() == v4);
+            let own = config.listen.map(|a| a.ip()).filter(|ip| !ip.is_unspecified() && ip.is_ipv4() == v4);
+            let first = || all.iter().find(|(n, ip)| n == name && ip.is_ipv4() == v4).map(|(_, ip)| *ip);
+            if !has(&config.addresses)
+                && let Some(ip) = own.or_else(first)
+            {
+                config.addresses.push(ip);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn listen_local(config: &Config) -> Result<Socket, Box<dyn Error>> {
+    if let Some(directory) = config.socket.parent() {
+        fs::create_dir_all(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
+    }
+    let fd = fdpass::listen(&config.socket, SOCKET_MODE)
+        .map_err(|e| format!("socket {}: {e}", config.socket.display()))?;
+    let socket = Socket::from(OwnedFd::from(fd));
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn signals() -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    signal_hook::low_level::pipe::register(SIGTERM, theirs.try_clone()?)?;
+    signal_hook::low_level::pipe::register(SIGINT, theirs)?;
+    Ok(ours)
+}
+
+fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
+    // SAFETY: pointer and length describe `buffer`.
+    let n = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    if n == buffer.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn split_random(random: [u8; 20]) -> ([u8; 16], u32) {
+    let mut ticket = [0; 16];
+    ticket.copy_from_slice(&random[..16]);
+    (ticket, u32::from_le_bytes([random[16], random[17], random[18], random[19]]))
+}

@@ -1,0 +1,135 @@
+//! Warm connections to targets: opened at the first request, kept, reopened with a growing pause.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mio::net::TcpStream;
+use xo_proto::handoff::HostEvent;
+use xo_proto::reason::Reason;
+use xo_proto::wire::HandoffId;
+
+use crate::engine::{Engine, Timer};
+use crate::peer::{Peer, PeerError};
+use crate::tls::Tls;
+
+/// First pause after a failed connection; doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What is known about the way to one target.
+pub(crate) struct Dial {
+    /// Address of the target's daemon, from the policy.
+    pub(crate) address: SocketAddr,
+    /// The connection, also while it is being made.
+    pub(crate) index: Option<usize>,
+    /// Hand-offs that wait for it.
+    parked: Vec<HandoffId>,
+    /// When the attempt under way is given up.
+    give_up: Option<Instant>,
+    /// Not before this time.
+    not_before: Instant,
+    pause: Duration,
+}
+
+impl Engine {
+    /// Starts a hand-off at once if its target is connected; otherwise parks it while the connection is
+    /// made, or refuses while the target is known to be away.
+    pub(crate) fn start_when_connected(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let (node, address) = (flow.target.clone(), flow.address);
+        if let Some(index) = self.connection_to(&node, self.dials.get(&node).and_then(|d| d.index)) {
+            self.begin_on(id, index);
+            return;
+        }
+        let now = Instant::now();
+        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial {
+            address,
+            index: None,
+            parked: Vec::new(),
+            give_up: None,
+            not_before: now,
+            pause: FIRST_PAUSE,
+        });
+        if dial.index.is_none() {
+            if now < dial.not_before {
+                self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
+                return;
+            }
+            dial.address = address;
+        }
+        dial.parked.push(id);
+        if dial.index.is_none() {
+            self.dial(&node);
+        }
+    }
+
+    fn dial(&mut self, node: &str) {
+        let Some(address) = self.dials.get(node).map(|d| d.address) else { return };
+        let deadline = Instant::now() + self.config.handoff.connect_timeout;
+        let result = TcpStream::connect(address).map_err(PeerError::from).and_then(|stream| {
+            let tls = self.tls.as_ref().map(|t: &Tls| t.connect(node)).transpose();
+            let tls = tls.map_err(|e| PeerError::Hello(e.to_string()))?;
+            Peer::new(stream, tls, Some((node.to_owned(), address)), &self.hello)
+        });
+        match result.and_then(|peer| Ok(self.add_peer(peer)?)) {
+            Ok(index) => {
+                if let Some(dial) = self.dials.get_mut(node) {
+                    dial.index = Some(index);
+                    dial.give_up = Some(deadline);
+                }
+                self.at(deadline, Timer::Dial(node.to_owned()));
+            }
+            Err(e) => {
+                log::warn!("peer {node} at {address}: {e}");
+                self.dial_failed(node);
+            }
+        }
+    }
+
+    /// The attempt took too long, or a pause is over and hand-offs to that node still depend on it.
+    pub(crate) fn dial_timer(&mut self, node: &str) {
+        let Some(dial) = self.dials.get(node) else { return };
+        let (index, give_up, now) = (dial.index, dial.give_up, Instant::now());
+        match (index, give_up) {
+            (Some(index), Some(when)) if now >= when && !self.peers.get(index).is_some_and(Peer::usable) => {
+                log::warn!("peer {node} at {}: no answer in time", dial.address);
+                if let Some(mut peer) = self.peers.try_remove(index) {
+                    let _ = self.poll.registry().deregister(peer.stream());
+                }
+                self.dial_failed(node);
+            }
+            (None, _) if now >= dial.not_before && self.hosted.values().any(|f| f.target == node) => {
+                self.dial(node);
+            }
+            _ => {}
+        }
+    }
+
+    /// A connection that we had opened, or tried to, is gone.
+    pub(crate) fn dial_failed(&mut self, node: &str) {
+        let Some(dial) = self.dials.get_mut(node) else { return };
+        dial.index = None;
+        dial.give_up = None;
+        dial.not_before = Instant::now() + dial.pause;
+        dial.pause = (dial.pause * 2).min(LONGEST_PAUSE);
+        let (parked, again) = (std::mem::take(&mut dial.parked), dial.not_before);
+        for id in parked {
+            self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
+        }
+        self.at(again, Timer::Dial(node.to_owned()));
+    }
+
+    /// A peer has said hello.
+    pub(crate) fn peer_up(&mut self, index: usize) {
+        let Some(node) = self.node_of(index) else { return };
+        log::info!("peer {node}: connected");
+        if let Some(dial) = self.dials.get_mut(&*node).filter(|d| d.index == Some(index)) {
+            dial.give_up = None;
+            dial.pause = FIRST_PAUSE;
+            for id in std::mem::take(&mut dial.parked) {
+                self.begin_on(id, index);
+            }
+        }
+        self.peer_back(&node);
+    }
+}

@@ -1,0 +1,404 @@
+//! The daemon's event loop: one thread that owns every connection to libraries and peers and every
+//! hand-off. What a message means stands in `host.rs`, `target.rs`, `ipc.rs`; this file only moves bytes
+//! and time.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::net::TcpListener;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use slab::Slab;
+use socket2::Socket;
+use xo_proto::ipc::Ticket;
+use xo_proto::slot::COUNTERS;
+use xo_proto::wire::{HandoffId, Hello, PeerMessage};
+use xo_sys::replay::RawSender;
+use xo_sys::sock_diag::TcpLookup;
+
+use crate::config::Config;
+use crate::dial::Dial;
+use crate::handler::{Acceptor, Spawner, Waiting};
+use crate::host::HostFlow;
+use crate::ipc::Library;
+use crate::metrics::Metrics;
+use crate::peer::{Peer, PeerError};
+use crate::steer::Steer;
+use crate::target::Served;
+use crate::tls::Tls;
+
+const IPC_LISTENER: Token = Token(0);
+const PEER_LISTENER: Token = Token(4);
+const SIGNALS: Token = Token(8);
+const WAKER: Token = Token(12);
+const KIND_LIBRARY: usize = 1;
+const KIND_PEER: usize = 2;
+
+/// How often closed connections are looked for.
+const TICK: Duration = Duration::from_millis(50);
+/// An embedded daemon ends when it has served nobody for this long.
+const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
+
+/// Key of a hand-off on the target: the host's node name and its number there.
+pub(crate) type ServedKey = (Rc<str>, HandoffId);
+
+/// What is to happen at a time.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Timer {
+    /// The target has not answered.
+    HostDeadline(HandoffId),
+    /// `HOST_READY` or `CLOSED_ACK` has not come.
+    TargetDeadline(ServedKey),
+    /// A parked request's peer has not come up, or a back-off is over.
+    Dial(String),
+    /// Packets may have been held while HOLD became REDIRECT.
+    DrainHeld,
+    /// A wake-up connection has not been taken.
+    Waiting(u16),
+    /// Look for closed connections.
+    Tick,
+}
+
+/// All state of the daemon.
+pub(crate) struct Engine {
+    pub(crate) config: Config,
+    pub(crate) poll: Poll,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) steer: Steer,
+    pub(crate) raw: RawSender,
+    pub(crate) diag: TcpLookup,
+    pub(crate) tls: Option<Tls>,
+    pub(crate) hello: Hello,
+    pub(crate) ticket: Ticket,
+    pub(crate) mtu: usize,
+    pub(crate) libraries: Slab<Library>,
+    pub(crate) peers: Slab<Peer>,
+    pub(crate) dials: HashMap<String, Dial>,
+    pub(crate) hosted: HashMap<HandoffId, HostFlow>,
+    /// Hand-offs for which packets are held.
+    pub(crate) with_held: Vec<HandoffId>,
+    pub(crate) served: HashMap<ServedKey, Served>,
+    pub(crate) acceptors: Vec<Acceptor>,
+    pub(crate) next_acceptor: usize,
+    pub(crate) waiting: HashMap<u16, Waiting>,
+    pub(crate) spawner: Spawner,
+    pub(crate) next_id: HandoffId,
+    serials: u64,
+    /// Hand-offs whose next message is due at once: busy polling pays.
+    pub(crate) in_flight: usize,
+    pub(crate) embedded: bool,
+    /// Counters of processes that are gone.
+    pub(crate) past_counters: [u64; COUNTERS],
+    timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    ipc_listener: Socket,
+    peer_listener: Option<TcpListener>,
+    signals: UnixStream,
+    stopping: bool,
+    idle_since: Instant,
+    last_sweep: Instant,
+}
+
+/// What the daemon is made of; see `daemon.rs`.
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) embedded: bool,
+    pub(crate) poll: Poll,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) steer: Steer,
+    pub(crate) raw: RawSender,
+    pub(crate) diag: TcpLookup,
+    pub(crate) tls: Option<Tls>,
+    pub(crate) hello: Hello,
+    pub(crate) ticket: Ticket,
+    pub(crate) first_id: HandoffId,
+    pub(crate) mtu: usize,
+    pub(crate) ipc_listener: Socket,
+    pub(crate) peer_listener: Option<TcpListener>,
+    pub(crate) signals: UnixStream,
+}
+
+impl Engine {
+    /// Registers the listening sockets.
+    pub(crate) fn new(mut parts: Parts) -> io::Result<Engine> {
+        let registry = parts.poll.registry();
+        registry.register(&mut SourceFd(&parts.ipc_listener.as_raw_fd()), IPC_LISTENER, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        if let Some(l) = &mut parts.peer_listener {
+            registry.register(l, PEER_LISTENER, Interest::READABLE)?;
+        }
+        let waker = Arc::new(Waker::new(registry, WAKER)?);
+        let now = Instant::now();
+        Ok(Engine {
+            config: parts.config,
+            poll: parts.poll,
+            metrics: parts.metrics,
+            steer: parts.steer,
+            raw: parts.raw,
+            diag: parts.diag,
+            tls: parts.tls,
+            hello: parts.hello,
+            ticket: parts.ticket,
+            mtu: parts.mtu,
+            libraries: Slab::new(),
+            peers: Slab::new(),
+            dials: HashMap::new(),
+            hosted: HashMap::new(),
+            with_held: Vec::new(),
+            served: HashMap::new(),
+            acceptors: Vec::new(),
+            next_acceptor: 0,
+            waiting: HashMap::new(),
+            spawner: Spawner::start(waker)?,
+            next_id: parts.first_id,
+            serials: 0,
+            in_flight: 0,
+            embedded: parts.embedded,
+            past_counters: [0; COUNTERS],
+            timers: BinaryHeap::from([Reverse((now + TICK, Timer::Tick))]),
+            ipc_listener: parts.ipc_listener,
+            peer_listener: parts.peer_listener,
+            signals: parts.signals,
+            stopping: false,
+            idle_since: now,
+            last_sweep: now,
+        })
+    }
+
+    /// Runs until SIGTERM or SIGINT, or until an embedded daemon has nobody left to serve.
+    pub(crate) fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        let mut busy_until = Instant::now();
+        while !self.stopping {
+            let spinning = self.in_flight > 0 && Instant::now() < busy_until;
+            let timeout = if spinning { Some(Duration::ZERO) } else { self.until_next_timer() };
+            match self.poll.poll(&mut events, timeout) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                other => other?,
+            }
+            if events.is_empty() {
+                if spinning {
+                    // Others on this core (the peer, perhaps, in a test bed) go first.
+                    std::thread::yield_now();
+                    continue;
+                }
+            } else {
+                busy_until = Instant::now() + self.config.handoff.spin;
+            }
+            for event in &events {
+                self.dispatch(event.token(), event.is_writable());
+            }
+            self.run_timers();
+        }
+        Ok(())
+    }
+
+    /// A number that no earlier process on a library's socket has had.
+    pub(crate) fn next_serial(&mut self) -> u64 {
+        self.serials += 1;
+        self.serials
+    }
+
+    fn dispatch(&mut self, token: Token, writable: bool) {
+        match token {
+            IPC_LISTENER => self.accept_libraries(),
+            PEER_LISTENER => self.accept_peers(),
+            SIGNALS => self.on_signal(),
+            WAKER => self.on_spawned(),
+            Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2, writable),
+            Token(t) if t & 3 == KIND_PEER => self.peer_ready(t >> 2, writable),
+            Token(_) => {}
+        }
+    }
+
+    fn on_signal(&mut self) {
+        let mut buffer = [0; 16];
+        let _ = self.signals.read(&mut buffer);
+        if !self.hosted.is_empty() || !self.served.is_empty() {
+            log::warn!(
+                "stopping with {} connections offloaded from here and {} served here: they end",
+                self.hosted.len(),
+                self.served.len()
+            );
+        }
+        self.stopping = true;
+    }
+
+    /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
+    pub(crate) fn at(&mut self, when: Instant, timer: Timer) {
+        self.timers.push(Reverse((when, timer)));
+    }
+
+    fn until_next_timer(&self) -> Option<Duration> {
+        self.timers.peek().map(|Reverse((when, _))| when.saturating_duration_since(Instant::now()))
+    }
+
+    fn run_timers(&mut self) {
+        loop {
+            let now = Instant::now();
+            match self.timers.peek() {
+                Some(Reverse((when, _))) if *when <= now => {}
+                _ => return,
+            }
+            let Some(Reverse((_, timer))) = self.timers.pop() else { return };
+            match timer {
+                Timer::HostDeadline(id) => self.host_deadline(id),
+                Timer::TargetDeadline(key) => self.target_deadline(&key),
+                Timer::Dial(node) => self.dial_timer(&node),
+                Timer::DrainHeld => self.drain_held(),
+                Timer::Waiting(port) => self.waiting_deadline(port),
+                Timer::Tick => self.tick(now),
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.look_for_ends(now);
+        if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
+            self.last_sweep = now;
+            self.sweep_hosted();
+            self.sweep_served(now);
+        }
+        if !self.libraries.is_empty() || !self.hosted.is_empty() || !self.served.is_empty() {
+            self.idle_since = now;
+        } else if self.embedded && now.duration_since(self.idle_since) > EMBEDDED_IDLE {
+            log::info!("nobody left to serve: the embedded daemon ends");
+            self.stopping = true;
+        }
+        self.at(now + TICK, Timer::Tick);
+    }
+
+    fn accept_libraries(&mut self) {
+        loop {
+            match self.ipc_listener.accept() {
+                Ok((socket, _)) => {
+                    let entry = self.libraries.vacant_entry();
+                    let token = Token(entry.key() << 2 | KIND_LIBRARY);
+                    match Library::new(OwnedFd::from(socket)) {
+                        Ok(library) => {
+                            let fd = library.fd();
+                            entry.insert(library);
+                            let source = &mut SourceFd(&fd);
+                            let interest = Interest::READABLE | Interest::WRITABLE;
+                            if let Err(e) = self.poll.registry().register(source, token, interest) {
+                                log::error!("registering a library's socket: {e}");
+                                self.libraries.remove(token.0 >> 2);
+                            }
+                        }
+                        Err(e) => log::warn!("a library's connection: {e}"),
+                    }
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) => return log::error!("accepting a library's connection: {e}"),
+            }
+        }
+    }
+
+    fn accept_peers(&mut self) {
+        while let Some(listener) = &self.peer_listener {
+            let (stream, address) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) => return log::error!("accepting a peer's connection: {e}"),
+            };
+            let result = stream.set_nodelay(true).map_err(PeerError::from).and_then(|()| {
+                let tls = self.tls.as_ref().map(Tls::accept).transpose();
+                let tls = tls.map_err(|e| PeerError::Hello(e.to_string()))?;
+                Peer::new(stream, tls, None, &self.hello)
+            });
+            match result.and_then(|peer| Ok(self.add_peer(peer)?)) {
+                Ok(index) => {
+                    log::debug!("peer connection from {address}");
+                    // Without TLS the hello can go at once; with TLS it follows the handshake.
+                    self.peer_ready(index, true);
+                }
+                Err(e) => log::warn!("peer connection from {address}: {e}"),
+            }
+        }
+    }
+
+    /// Registers a peer connection; returns its index.
+    pub(crate) fn add_peer(&mut self, peer: Peer) -> io::Result<usize> {
+        let index = self.peers.insert(peer);
+        let token = Token(index << 2 | KIND_PEER);
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        if let Err(e) = self.poll.registry().register(self.peers[index].stream(), token, interest) {
+            self.peers.remove(index);
+            return Err(e);
+        }
+        Ok(index)
+    }
+
+    fn peer_ready(&mut self, index: usize, writable: bool) {
+        let Some(peer) = self.peers.get_mut(index) else { return };
+        let known = peer.usable();
+        let mut messages = Vec::new();
+        let result = if writable { peer.writable() } else { Ok(()) };
+        let result = result.and_then(|()| if peer.connected { peer.readable(&mut messages) } else { Ok(()) });
+        if !known && peer.usable() {
+            self.peer_up(index);
+        }
+        for message in messages {
+            self.on_peer_message(index, message);
+        }
+        if let Err(e) = result {
+            self.peer_failed(index, &e);
+        }
+    }
+
+    fn on_peer_message(&mut self, index: usize, message: PeerMessage) {
+        match message {
+            PeerMessage::BeginOffload(begin) => self.on_begin(index, begin),
+            PeerMessage::HostReady(id) => self.on_host_ready(index, id),
+            PeerMessage::Abort(id) => self.on_abort(index, id),
+            PeerMessage::ClosedAck(id) => self.on_closed_ack(index, id),
+            PeerMessage::TargetReady(ready) => self.on_target_ready(&ready),
+            PeerMessage::Refuse(refuse) => self.on_refuse(&refuse),
+            PeerMessage::Handed(handed) => self.on_handed(&handed),
+            PeerMessage::Closed(id) => self.on_closed(index, id),
+            PeerMessage::Ping(n) => self.send_to(index, &PeerMessage::Pong(n)),
+            PeerMessage::Pong(_) | PeerMessage::Hello(_) => {}
+        }
+    }
+
+    /// Sends to a peer; a broken connection is dealt with.
+    pub(crate) fn send_to(&mut self, index: usize, message: &PeerMessage) {
+        let Some(peer) = self.peers.get_mut(index) else { return };
+        if let Err(e) = peer.send(message) {
+            self.peer_failed(index, &e);
+        }
+    }
+
+    /// A usable connection to a node: `preferred` if it is one, else any.
+    pub(crate) fn connection_to(&self, node: &str, preferred: Option<usize>) -> Option<usize> {
+        let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
+        preferred
+            .filter(|&i| self.peers.get(i).is_some_and(is_it))
+            .or_else(|| self.peers.iter().find(|(_, p)| is_it(p)).map(|(i, _)| i))
+    }
+
+    /// Node name of a peer that has said hello.
+    pub(crate) fn node_of(&self, index: usize) -> Option<Rc<str>> {
+        self.peers.get(index)?.hello.as_ref().map(|h| Rc::from(h.node.as_str()))
+    }
+
+    fn peer_failed(&mut self, index: usize, error: &PeerError) {
+        let Some(mut peer) = self.peers.try_remove(index) else { return };
+        let _ = self.poll.registry().deregister(peer.stream());
+        match error {
+            PeerError::Closed if peer.usable() => log::info!("peer {}: {error}", peer.name()),
+            _ => log::warn!("peer {}: {error}", peer.name()),
+        }
+        if let Some(hello) = &peer.hello {
+            self.peer_lost(&hello.node);
+        }
+        if let Some((node, _)) = peer.dialled {
+            self.dial_failed(&node);
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! The host's side of a hand-off: carries out what `xo_proto::handoff::Host` decides.
+
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
+use xo_proto::conn::ConnRecord;
+use xo_proto::handoff::{Host, HostAction, HostEvent, HostState};
+use xo_proto::ipc::Offload;
+use xo_proto::reason::Reason;
+use xo_proto::slot;
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, PeerMessage, Refuse, TargetReady};
+use xo_sys::slots::SlotTable;
+use xo_sys::tcp_repair;
+
+use crate::clock::now_ns;
+use crate::engine::{Engine, Timer};
+use crate::held::HeldPacket;
+use crate::metrics::Steps;
+use crate::steer::{SteerError, flow_key};
+
+/// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
+const MAX_QUEUES: usize = 15 << 20;
+/// A redirect whose client has closed and which has been idle for this long has lost its target.
+const ORPHAN_AFTER: Duration = Duration::from_secs(180);
+
+/// One connection offloaded from here, or about to be.
+pub(crate) struct HostFlow {
+    machine: Host,
+    /// The server's socket, until it is emptied.
+    socket: Option<OwnedFd>,
+    verdict: Option<(Rc<SlotTable>, u32, u32)>,
+    /// Addresses of the connection.
+    pub(crate) client: SocketAddr,
+    /// The address the client talks to.
+    pub(crate) local: SocketAddr,
+    /// Its key in the flow table.
+    pub(crate) key: FlowKey,
+    /// The target's node name.
+    pub(crate) target: String,
+    /// Peer address of the target's daemon.
+    pub(crate) address: SocketAddr,
+    handler: String,
+    peer: Option<usize>,
+    record: Option<Box<ConnRecord>>,
+    /// Packets held for it, in order of arrival.
+    pub(crate) held: Vec<HeldPacket>,
+    /// Where its packets go, once redirected.
+    pub(crate) to: Option<SocketAddr>,
+    times: Times,
+}
+
+/// Moments of a hand-off, `CLOCK_MONOTONIC` ns, and what the target reported.
+#[derive(Default)]
+struct Times {
+    decided: u64,
+    received: u64,
+    held: u64,
+    dumped: u64,
+    ready: u64,
+    redirected: u64,
+    sent_ready: u64,
+    restore: u64,
+    rewrite: u64,
+    at_target: u64,
+}
+
+impl HostFlow {
+    /// Where the hand-off stands.
+    pub(crate) fn state(&self) -> HostState {
+        self.machine.state()
+    }
+}
+
+impl Engine {
+    /// The library asks for a hand-off.
+    pub(crate) fn on_offload(&mut self, index: usize, offload: Offload, socket: OwnedFd) {
+        let received = now_ns();
+        let Some(slots) = self.libraries.get(index).and_then(|l| l.slots.clone()) else { return };
+        let socket = TcpStream::from(socket);
+        let addresses = socket.peer_addr().and_then(|c| Ok((c, socket.local_addr()?)));
+        let socket = OwnedFd::from(socket);
+        let Ok((client, local)) = addresses else {
+            slots.decide(offload.slot, offload.generation, slot::stay(Reason::NotEstablished));
+            let _ = tcp_repair::poke(socket.as_raw_fd());
+            return self.metrics.refused(Reason::NotEstablished);
+        };
+        let id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1);
+        let flow = HostFlow {
+            machine: Host::default(),
+            socket: Some(socket),
+            verdict: Some((slots, offload.slot, offload.generation)),
+            client: canonical(client),
+            local: canonical(local),
+            key: flow_key(client, local),
+            target: offload.target,
+            address: offload.address,
+            handler: offload.handler,
+            peer: None,
+            record: None,
+            held: Vec::new(),
+            to: None,
+            times: Times { decided: offload.decided_ns, received, ..Times::default() },
+        };
+        self.hosted.insert(id, flow);
+        self.start_when_connected(id);
+    }
+
+    /// The target's daemon is connected: go.
+    pub(crate) fn begin_on(&mut self, id: HandoffId, peer: usize) {
+        let Some(flow) = self.hosted.get_mut(&id) else { return };
+        flow.peer = Some(peer);
+        let theirs = self.peers.get(peer).and_then(|p| p.hello.as_ref());
+        if theirs.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
+            return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
+        }
+        self.host_event(id, HostEvent::Start);
+    }
+
+    /// `TARGET_READY`.
+    pub(crate) fn on_target_ready(&mut self, ready: &TargetReady) {
+        let now = now_ns();
+        let Some(flow) = self.hosted.get_mut(&ready.id) else { return };
+        flow.times.ready = now;
+        flow.times.restore = ready.restore_ns;
+        flow.times.rewrite = ready.rewrite_ns;
+        flow.times.at_target = ready.total_ns;
+        let expected = flow.record.as_ref().map(|r| r.tcp.rcv_seq);
+        let received = flow.socket.as_ref().and_then(|s| tcp_repair::received_end(s.as_raw_fd()).ok());
+        let still = received.is_some() && received == expected;
+        self.host_event(ready.id, HostEvent::TargetReady { local: ready.local, still });
+    }
+
+    /// `REFUSE`.
+    pub(crate) fn on_refuse(&mut self, refuse: &Refuse) {
+        if let Some(flow) = self.hosted.get(&refuse.id) {
+            log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
+            self.host_event(refuse.id, HostEvent::Refused(refuse.reason));
+        }
+    }
+
+    /// `HANDED`.
+    pub(crate) fn on_handed(&mut self, handed: &Handed) {
+        let Some(flow) = self.hosted.get_mut(&handed.id) else { return };
+        if flow.state() == HostState::Redirected {
+            let boot = flow.peer.and_then(|p| self.peers.get(p)?.hello.as_ref()).map(|h| h.boot_id);
+            let steps = steps(&flow.times, handed, boot == Some(self.hello.boot_id));
+            self.metrics.offload(&steps);
+            flow.record = None;
+        }
+        self.host_event(handed.id, HostEvent::Handed);
+    }
+
+    /// `CLOSED`. A repeated one is acknowledged all the same.
+    pub(crate) fn on_closed(&mut self, index: usize, id: HandoffId) {
+        if self.hosted.contains_key(&id) {
+            self.host_event(id, HostEvent::Closed);
+        } else {
+            self.send_to(index, &PeerMessage::ClosedAck(id));
+        }
+    }
+
+    /// The time limit of a `BEGIN_OFFLOAD`.
+    pub(crate) fn host_deadline(&mut self, id: HandoffId) {
+        if self.hosted.contains_key(&id) {
+            self.host_event(id, HostEvent::Deadline);
+        }
+    }
+
+    /// The channel to a node broke.
+    pub(crate) fn peer_lost(&mut self, node: &str) {
+        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| f.target == node).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.host_event(id, HostEvent::PeerLost);
+        }
+    }
+
+    /// The channel to a node is up (again).
+    pub(crate) fn peer_back(&mut self, node: &str) {
+        let lost = |f: &HostFlow| f.target == node && f.state() == HostState::Redirected;
+        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| lost(f)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.host_event(id, HostEvent::PeerBack);
+        }
+        self.served_peer_back(node);
+    }
+
+    /// Feeds the state machine and carries out what it says.
+    pub(crate) fn host_event(&mut self, id: HandoffId, event: HostEvent) {
+        let mut next = Some(event);
+        let mut actions = Vec::with_capacity(4);
+        while let Some(event) = next.take() {
+            let Some(flow) = self.hosted.get_mut(&id) else { return };
+            let before = flow.state();
+            flow.machine.on(&event, &mut actions);
+            if (before == HostState::Begun) != (flow.state() == HostState::Begun) {
+                if before == HostState::Begun { self.in_flight -= 1 } else { self.in_flight += 1 }
+            }
+            for action in actions.drain(..) {
+                next = self.host_action(id, action);
+                if next.is_some() {
+                    break;
+                }
+            }
+        }
+        if self.hosted.get(&id).is_some_and(|f| f.state() == HostState::Done) {
+            self.hosted.remove(&id);
+        }
+    }
+
+    fn host_action(&mut self, id: HandoffId, action: HostAction) -> Option<HostEvent> {
+        let flow = self.hosted.get_mut(&id)?;
+        match action {
+            HostAction::Hold => return Some(HostEvent::Held(self.hold(id))),
+            HostAction::Dump => return Some(HostEvent::Dumped(dump(flow))),
+            HostAction::SendBegin => self.send_begin(id),
+            HostAction::Redirect(to) => return self.redirect(id, to),
+            HostAction::SendHostReady => {
+                flow.peer = self.connection_of(id);
+                self.send_about(id, &PeerMessage::HostReady(id));
+                if let Some(flow) = self.hosted.get_mut(&id) {
+                    flow.times.sent_ready = now_ns();
+                }
+            }
+            HostAction::Vacate => vacate(flow),
+            HostAction::SendAbort => self.send_about(id, &PeerMessage::Abort(id)),
+            HostAction::TakeBack => self.take_back(id),
+            HostAction::Unhold => self.unhold(id),
+            HostAction::Stay(reason) => {
+                stay(flow, reason);
+                self.metrics.refused(reason);
+            }
+            HostAction::Reset => self.reset(id),
+            HostAction::RemoveRedirect => self.remove_redirect(id),
+            HostAction::SendClosedAck => self.send_about(id, &PeerMessage::ClosedAck(id)),
+        }
+        None
+    }
+
+    fn connection_of(&self, id: HandoffId) -> Option<usize> {
+        let flow = self.hosted.get(&id)?;
+        self.connection_to(&flow.target, flow.peer)
+    }
+
+    fn send_about(&mut self, id: HandoffId, message: &PeerMessage) {
+        if let Some(peer) = self.connection_of(id) {
+            self.send_to(peer, message);
+        }
+    }
+
+    fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
+        let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
+        let result = self.steer.hold(&flow.key, id).map_err(|e| match e {
+            SteerError::Full | SteerError::Exists => Reason::TableFull,
+            e => {
+                log::error!("flow table: {e}");
+                Reason::NotSteered
+            }
+        });
+        flow.times.held = now_ns();
+        result
+    }
+
+    fn send_begin(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get_mut(&id) else { return };
+        let Some(record) = flow.record.take() else { return };
+        let begin = BeginOffload { id, handler: flow.handler.clone(), record: *record };
+        let message = PeerMessage::BeginOffload(begin);
+        self.send_about(id, &message);
+        let PeerMessage::BeginOffload(begin) = message else { return };
+        if let Some(flow) = self.hosted.get_mut(&id) {
+            flow.record = Some(Box::new(begin.record));
+            self.at(Instant::now() + self.config.handoff.timeout, Timer::HostDeadline(id));
+        }
+    }
+
+    fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
+        // What was held goes first, so that it is not overtaken by what comes after the flip.
+        self.collect_held();
+        self.replay_held(id, Some(to));
+        let flow = self.hosted.get_mut(&id)?;
+        if let Err(e) = self.steer.redirect(&flow.key, id, to) {
+            log::error!("redirecting {}: {e}", flow.client);
+            return Some(HostEvent::RedirectFailed);
+        }
+        flow.to = Some(to);
+        flow.times.redirected = now_ns();
+        // A packet may have been held between the replay and the flip.
+        self.drain_held();
+        self.at(Instant::now() + Duration::from_millis(1), Timer::DrainHeld);
+        None
+    }
+
+    fn take_back(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        if let Some(socket) = &flow.socket
+            && let Err(e) = tcp_repair::resume(socket.as_raw_fd())
+        {
+            log::error!("taking {} back: {e}", flow.client);
+        }
+        self.collect_held();
+        self.replay_held(id, None);
+        self.unhold(id);
+        self.collect_held();
+        self.replay_held(id, None);
+    }
+
+    fn unhold(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        if let Err(e) = self.steer.remove_flow(&flow.key, id) {
+            log::error!("removing the flow entry of {}: {e}", flow.client);
+        }
+    }
+
+    fn remove_redirect(&mut self, id: HandoffId) {
+        self.unhold(id);
+    }
+
+    /// The target has lost the connection: the client is told by a RST with the right sequence number.
+    fn reset(&mut self, id: HandoffId) {
+        self.unhold(id);
+        let Some(flow) = self.hosted.get(&id) else { return };
+        log::warn!("{} was lost on its way to {}: reset", flow.client, flow.target);
+        self.metrics.failed(Reason::PeerLost);
+        let Some(record) = &flow.record else { return };
+        match tcp_repair::restore(record, flow.local, false) {
+            Ok(socket) => {
+                if let Err(e) = socket.reset() {
+                    log::error!("resetting {}: {e}", flow.client);
+                }
+            }
+            Err(e) => log::error!("resetting {}: {e}", flow.client),
+        }
+    }
+
+    /// Redirects whose target cannot tell us any more that the connection is over.
+    pub(crate) fn sweep_hosted(&mut self) {
+        let now = now_ns();
+        let orphan = |f: &HostFlow| {
+            f.state() == HostState::Offloaded
+                && self.steer.flow(&f.key).is_none_or(|e| {
+                    e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
+                        && Duration::from_nanos(now.saturating_sub(e.last_ns)) > ORPHAN_AFTER
+                })
+        };
+        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| orphan(f)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.host_event(id, HostEvent::Closed);
+        }
+    }
+}
+
+fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
+    let socket = flow.socket.as_ref().ok_or(Reason::Closed)?;
+    let result = tcp_repair::dump(socket.as_raw_fd(), MAX_QUEUES);
+    flow.times.dumped = now_ns();
+    match result {
+        Ok(record) => {
+            flow.record = Some(Box::new(record));
+            Ok(())
+        }
+        Err(e) => {
+            log::debug!("{} cannot move: {e}", flow.client);
+            Err(e.reason())
+        }
+    }
+}
+
+/// The verdict first: the events that emptying raises must find it.
+fn vacate(flow: &mut HostFlow) {
+    if let Some((slots, index, generation)) = flow.verdict.take() {
+        slots.decide(index, generation, slot::GONE);
+    }
+    if let Some(socket) = flow.socket.take()
+        && let Err(e) = tcp_repair::vacate(socket.as_raw_fd())
+    {
+        log::error!("emptying the socket of {}: {e}", flow.client);
+    }
+}
+
+fn stay(flow: &mut HostFlow, reason: Reason) {
+    if let Some((slots, index, generation)) = flow.verdict.take() {
+        slots.decide(index, generation, slot::stay(reason));
+    }
+    if let Some(socket) = flow.socket.take() {
+        // Edge-triggered servers have seen their edge; this raises a fresh one.
+        let _ = tcp_repair::poke(socket.as_raw_fd());
+    }
+}
+
+fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
+    let round_trip = t.ready.saturating_sub(t.dumped);
+    let one_way = round_trip.saturating_sub(t.at_target) / 2;
+    let handed_at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
+    Steps {
+        queue_ns: t.received.saturating_sub(t.decided),
+        block_ns: t.held.saturating_sub(t.received),
+        dump_ns: t.dumped.saturating_sub(t.held),
+        transfer_ns: round_trip,
+        restore_ns: t.restore,
+        rewrite_ns: t.rewrite,
+        redirect_ns: t.redirected.saturating_sub(t.ready),
+        ready_ns: handed_at.saturating_sub(t.redirected),
+        total_ns: handed_at.saturating_sub(t.decided),
+    }
+}
+
+/// IPv4 in IPv6 clothes (an AF_INET6 listener's connection) is IPv4 on the wire.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

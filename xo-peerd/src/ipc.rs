@@ -1,0 +1,219 @@
+//! The Unix socket: libraries in servers' processes, and `xo-peerd status`.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+
+use mio::unix::SourceFd;
+use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
+use xo_proto::ipc::{Deliver, FromDaemon, Query, ToDaemon, VERSION};
+use xo_proto::slot;
+use xo_sys::fdpass;
+use xo_sys::slots::SlotTable;
+
+use crate::engine::Engine;
+
+/// Longest packet of an answer to a query, bytes.
+const QUERY_PACKET: usize = 32 << 10;
+
+/// A process under the library, or an operator's command.
+pub(crate) struct Library {
+    socket: OwnedFd,
+    /// Process and user on the other end, as the kernel vouches for them.
+    pub(crate) pid: u32,
+    uid: u32,
+    /// Distinguishes processes that had the same index one after the other.
+    pub(crate) serial: u64,
+    /// Its slot table, once it has said hello.
+    pub(crate) slots: Option<Rc<SlotTable>>,
+    /// Deliveries not in use.
+    free: Vec<u32>,
+    /// Deliveries handed out at least once.
+    fresh: u32,
+    /// Deliveries that the socket had no room for.
+    outbox: VecDeque<(Deliver, OwnedFd)>,
+}
+
+impl Library {
+    /// Takes over an accepted connection.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Library> {
+        let who = fdpass::peer_credentials(socket.as_raw_fd())?;
+        Ok(Library {
+            socket,
+            pid: who.pid,
+            uid: who.uid,
+            serial: 0,
+            slots: None,
+            free: Vec::new(),
+            fresh: 0,
+            outbox: VecDeque::new(),
+        })
+    }
+
+    /// For registration with the poller.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    /// A delivery's index, if the process can hold one more.
+    pub(crate) fn take_delivery(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            let next = self.fresh;
+            (next < slot::DELIVERIES as u32).then(|| {
+                self.fresh += 1;
+                next
+            })
+        })
+    }
+
+    /// The delivery's connection has ended.
+    pub(crate) fn free_delivery(&mut self, delivery: u32) {
+        if let Some(slots) = &self.slots {
+            slots.free_delivery(delivery);
+        }
+        self.free.push(delivery);
+    }
+
+    /// Sends a restored connection, now or when there is room.
+    pub(crate) fn deliver(&mut self, deliver: Deliver, fd: OwnedFd) -> io::Result<()> {
+        self.outbox.push_back((deliver, fd));
+        self.flush()
+    }
+
+    /// Sends what waits.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        while let Some((deliver, fd)) = self.outbox.front() {
+            match self.send(&FromDaemon::Deliver(deliver.clone()), Some(fd.as_raw_fd())) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                other => other?,
+            }
+            self.outbox.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Sends one message.
+    pub(crate) fn send(&self, message: &FromDaemon, fd: Option<RawFd>) -> io::Result<()> {
+        let mut buffer = [0; MAX_LOCAL_MESSAGE];
+        let n = encode_local(message, &mut buffer).map_err(|e| io::Error::new(ErrorKind::InvalidInput, e))?;
+        fdpass::send(self.fd(), &buffer[..n], fd, libc::MSG_DONTWAIT)
+    }
+}
+
+impl Engine {
+    /// A library's socket has something for us, or room again.
+    pub(crate) fn library_ready(&mut self, index: usize, writable: bool) {
+        let Some(library) = self.libraries.get_mut(index) else { return };
+        if writable && let Err(e) = library.flush() {
+            return self.library_gone(index, &e.to_string());
+        }
+        loop {
+            let Some(library) = self.libraries.get(index) else { return };
+            let mut buffer = [0; MAX_LOCAL_MESSAGE];
+            match fdpass::recv(library.fd(), &mut buffer, libc::MSG_DONTWAIT) {
+                Ok((0, _)) => return self.library_gone(index, "gone"),
+                Ok((n, fd)) => {
+                    let result = match decode_local::<ToDaemon>(&buffer[..n]) {
+                        Ok(message) => self.on_library_message(index, message, fd.map(OwnedFd::from)),
+                        Err(e) => Err(e.to_string()),
+                    };
+                    if let Err(why) = result {
+                        return self.library_gone(index, &why);
+                    }
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) => return self.library_gone(index, &e.to_string()),
+            }
+        }
+    }
+
+    fn on_library_message(
+        &mut self,
+        index: usize,
+        message: ToDaemon,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), String> {
+        let greeted = self.libraries.get(index).is_some_and(|l| l.slots.is_some());
+        match (message, fd) {
+            (ToDaemon::Hello { version, ticket }, None) if !greeted => self.greet(index, version, ticket),
+            (ToDaemon::Query(query), None) => self.answer(index, query),
+            (ToDaemon::Offload(offload), Some(fd)) if greeted => {
+                self.on_offload(index, offload, fd);
+                Ok(())
+            }
+            (ToDaemon::Register { epoll }, Some(listener)) if greeted => self.register(index, epoll, &listener),
+            (ToDaemon::Take { wake_port }, None) if greeted => self.take(index, wake_port),
+            (message, _) => Err(format!("unexpected message {message:?}")),
+        }
+    }
+
+    fn greet(&mut self, index: usize, version: u16, ticket: Option<[u8; 16]>) -> Result<(), String> {
+        let trusted = self.trusts(index, ticket);
+        let serial = self.next_serial();
+        let Some(library) = self.libraries.get_mut(index) else { return Ok(()) };
+        let refusal = if version != VERSION {
+            Some(format!("the library speaks version {version}, the daemon {VERSION}"))
+        } else if !trusted {
+            Some(format!("user {} is not in `users` of the daemon's configuration", library.uid))
+        } else {
+            None
+        };
+        if let Some(detail) = refusal {
+            let _ = library.send(&FromDaemon::Denied { detail: detail.clone() }, None);
+            return Err(detail);
+        }
+        let (slots, memory) = SlotTable::create().map_err(|e| format!("slot table: {e}"))?;
+        let welcome = FromDaemon::Welcome {
+            version: VERSION,
+            node: self.config.node.clone(),
+            ticket: self.ticket,
+        };
+        library.send(&welcome, Some(memory.as_raw_fd())).map_err(|e| e.to_string())?;
+        library.slots = Some(Rc::new(slots));
+        library.serial = serial;
+        log::debug!("process {} of user {}: welcome", library.pid, library.uid);
+        Ok(())
+    }
+
+    /// Root, our own user, a configured user, or a descendant of a process that was one of these.
+    fn trusts(&self, index: usize, ticket: Option<[u8; 16]>) -> bool {
+        // SAFETY: no arguments, cannot fail.
+        let own = unsafe { libc::geteuid() };
+        self.libraries.get(index).is_some_and(|l| {
+            l.uid == 0 || l.uid == own || self.config.users.contains(&l.uid) || ticket == Some(self.ticket)
+        })
+    }
+
+    fn answer(&mut self, index: usize, query: Query) -> Result<(), String> {
+        if !self.trusts(index, None) {
+            return Err("a query from a user who is not in `users`".into());
+        }
+        let text = match query {
+            Query::Status => self.metrics.status_json(&self.live()),
+            Query::Flows => self.flows_json(),
+        };
+        let Some(library) = self.libraries.get(index) else { return Ok(()) };
+        // The asker reads as fast as we write; its socket is made blocking for these few packets.
+        for packet in text.as_bytes().chunks(QUERY_PACKET) {
+            fdpass::send(library.fd(), packet, None, 0).map_err(|e| e.to_string())?;
+        }
+        Err("answered".into())
+    }
+
+    fn library_gone(&mut self, index: usize, why: &str) {
+        let Some(library) = self.libraries.try_remove(index) else { return };
+        let _ = self.poll.registry().deregister(&mut SourceFd(&library.fd()));
+        if why == "gone" || why == "answered" {
+            log::debug!("process {}: {why}", library.pid);
+        } else {
+            log::warn!("process {} of user {}: {why}", library.pid, library.uid);
+        }
+        if let Some(slots) = &library.slots {
+            for (i, past) in self.past_counters.iter_mut().enumerate() {
+                *past += slots.counter(i);
+            }
+        }
+        self.forget_process(index, library.serial);
+    }
+}

@@ -1,0 +1,258 @@
+//! One connection to another daemon: bytes in, messages out, and the other way round.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::SocketAddr;
+
+use mio::net::TcpStream;
+use rustls::Connection;
+use xo_proto::frame::{FrameError, decode_peer, encode_peer};
+use xo_proto::wire::{Hello, MAGIC, PeerMessage, VERSION};
+
+use crate::tls;
+
+/// How much is read at once: more than any message without long queues.
+const READ: usize = 64 << 10;
+
+/// Why a peer connection is given up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PeerError {
+    /// The connection failed or the TLS handshake did.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The peer closed it.
+    #[error("closed by the peer")]
+    Closed,
+    /// The peer sent something that is not a message.
+    #[error("{0}")]
+    Frame(#[from] FrameError),
+    /// The peer is not who it says, or speaks another version.
+    #[error("{0}")]
+    Hello(String),
+}
+
+/// A connection to another daemon.
+pub(crate) struct Peer {
+    stream: TcpStream,
+    tls: Option<Box<Connection>>,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    scratch: Vec<u8>,
+    /// What the peer said of itself, once it has.
+    pub(crate) hello: Option<Hello>,
+    /// For connections that we opened: the node we expect and its address.
+    pub(crate) dialled: Option<(String, SocketAddr)>,
+    /// The TCP connection is established.
+    pub(crate) connected: bool,
+}
+
+impl Peer {
+    /// Takes over a TCP connection; `hello` is the first message we send.
+    pub(crate) fn new(
+        stream: TcpStream,
+        tls: Option<Connection>,
+        dialled: Option<(String, SocketAddr)>,
+        hello: &Hello,
+    ) -> Result<Peer, PeerError> {
+        let connected = dialled.is_none();
+        let tls = tls.map(|mut c| {
+            // Messages are bounded by the frame limit, not by rustls' buffer.
+            c.set_buffer_limit(None);
+            Box::new(c)
+        });
+        let mut peer = Peer {
+            stream,
+            tls,
+            input: Vec::with_capacity(READ),
+            output: Vec::new(),
+            scratch: vec![0; READ],
+            hello: None,
+            dialled,
+            connected,
+        };
+        peer.queue(&PeerMessage::Hello(hello.clone()))?;
+        Ok(peer)
+    }
+
+    /// For registration with the poller.
+    pub(crate) fn stream(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
+    /// Node name for logs.
+    pub(crate) fn name(&self) -> String {
+        match (&self.hello, &self.dialled) {
+            (Some(h), _) => h.node.clone(),
+            (None, Some((node, _))) => node.clone(),
+            (None, None) => self.stream.peer_addr().map_or_else(|_| "unknown peer".into(), |a| a.to_string()),
+        }
+    }
+
+    /// Ready for hand-offs?
+    pub(crate) fn usable(&self) -> bool {
+        self.hello.is_some()
+    }
+
+    /// Sends a message now, or as soon as the socket takes it.
+    pub(crate) fn send(&mut self, message: &PeerMessage) -> Result<(), PeerError> {
+        self.queue(message)?;
+        self.flush()
+    }
+
+    fn queue(&mut self, message: &PeerMessage) -> Result<(), PeerError> {
+        let Some(tls) = &mut self.tls else { return Ok(encode_peer(message, &mut self.output)?) };
+        self.scratch.clear();
+        encode_peer(message, &mut self.scratch)?;
+        tls.writer().write_all(&self.scratch)?;
+        Ok(())
+    }
+
+    /// Writes what is queued; what the socket does not take waits for the next writable event.
+    pub(crate) fn flush(&mut self) -> Result<(), PeerError> {
+        if !self.connected {
+            return Ok(());
+        }
+        let result = match &mut self.tls {
+            Some(tls) => flush_tls(tls, &mut self.stream),
+            None => flush_plain(&mut self.output, &mut self.stream),
+        };
+        match result {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// The poller says that the socket is writable: a dialled connection is up, or there is room again.
+    pub(crate) fn writable(&mut self) -> Result<(), PeerError> {
+        if !self.connected {
+            if let Some(e) = self.stream.take_error()? {
+                return Err(e.into());
+            }
+            match self.stream.peer_addr() {
+                Ok(_) => self.connected = true,
+                Err(e) if e.kind() == ErrorKind::NotConnected => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
+            self.stream.set_nodelay(true)?;
+        }
+        self.flush()
+    }
+
+    /// Reads what is there; complete messages are appended to `messages`, the first one, `Hello`, is
+    /// checked and kept in `self.hello`.
+    pub(crate) fn readable(&mut self, messages: &mut Vec<PeerMessage>) -> Result<(), PeerError> {
+        let end = self.fill();
+        let mut used = 0;
+        while let Some((message, n)) = decode_peer::<PeerMessage>(&self.input[used..])? {
+            used += n;
+            match (message, &self.hello) {
+                (PeerMessage::Hello(hello), None) => self.greet(hello)?,
+                (PeerMessage::Hello(_), Some(_)) => return Err(PeerError::Hello("a second hello".into())),
+                (_, None) => return Err(PeerError::Hello("a message before the hello".into())),
+                (message, Some(_)) => messages.push(message),
+            }
+        }
+        self.input.drain(..used);
+        if self.input.is_empty() && self.input.capacity() > 4 * READ {
+            self.input = Vec::with_capacity(READ);
+        }
+        end
+    }
+
+    /// Reads into `input` until the socket is empty.
+    fn fill(&mut self) -> Result<(), PeerError> {
+        let result = match &mut self.tls {
+            Some(tls) => fill_tls(tls, &mut self.stream, &mut self.input),
+            None => fill_plain(&mut self.stream, &mut self.input, &mut self.scratch),
+        };
+        match result {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => Err(PeerError::Closed),
+            other => Ok(other?),
+        }
+    }
+
+    fn greet(&mut self, hello: Hello) -> Result<(), PeerError> {
+        if hello.magic != MAGIC || hello.version != VERSION {
+            let text = format!("the peer speaks version {} of the protocol, we speak {VERSION}", hello.version);
+            return Err(PeerError::Hello(text));
+        }
+        if self.tls.as_ref().is_some_and(|c| !tls::peer_is(c, &hello.node)) {
+            return Err(PeerError::Hello(format!("the peer's certificate does not name '{}'", hello.node)));
+        }
+        if let Some((node, address)) = self.dialled.as_ref().filter(|(node, _)| *node != hello.node) {
+            return Err(PeerError::Hello(format!("{address} is '{}', not '{node}'", hello.node)));
+        }
+        self.hello = Some(hello);
+        Ok(())
+    }
+}
+
+fn flush_plain(output: &mut Vec<u8>, stream: &mut TcpStream) -> io::Result<()> {
+    let mut done = 0;
+    let result = loop {
+        if done == output.len() {
+            break Ok(());
+        }
+        match stream.write(&output[done..]) {
+            Ok(n) => done += n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => break Err(e),
+        }
+    };
+    output.drain(..done);
+    result
+}
+
+fn flush_tls(tls: &mut Connection, stream: &mut TcpStream) -> io::Result<()> {
+    while tls.wants_write() {
+        match tls.write_tls(stream) {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// A short read means that a stream socket is empty (epoll(7), question 9): one system call less.
+fn fill_plain(stream: &mut TcpStream, input: &mut Vec<u8>, scratch: &mut Vec<u8>) -> io::Result<()> {
+    scratch.resize(READ, 0);
+    loop {
+        match stream.read(scratch) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                input.extend_from_slice(&scratch[..n]);
+                if n < READ {
+                    return Ok(());
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn fill_tls(tls: &mut Connection, stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<()> {
+    loop {
+        let n = match tls.read_tls(stream) {
+            Ok(n) => n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        let state = tls.process_new_packets().map_err(|e| {
+            // The alert tells the peer what we did not like.
+            let _ = tls.write_tls(stream);
+            io::Error::new(ErrorKind::InvalidData, e)
+        })?;
+        let plain = state.plaintext_bytes_to_read();
+        if plain > 0 {
+            let start = input.len();
+            input.resize(start + plain, 0);
+            tls.reader().read_exact(&mut input[start..])?;
+        }
+        if n == 0 || state.peer_has_closed() {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        flush_tls(tls, stream)?;
+    }
+}

@@ -1,0 +1,376 @@
+//! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use xo_bpf_abi::FlowKey;
+use xo_proto::handoff::{Target, TargetAction, TargetEvent, TargetState};
+use xo_proto::reason::Reason;
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, PeerMessage, Refuse, TargetReady};
+use xo_sys::tcp_repair::{self, Repaired};
+
+use crate::clock::now_ns;
+use crate::config::HandlerMode;
+use crate::engine::{Engine, ServedKey, Timer};
+use crate::handler::Place;
+use crate::steer::{SteerError, flow_key};
+
+/// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
+const PATIENCE: Duration = Duration::from_secs(2);
+const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
+/// First and longest pause between two looks whether the kernel has forgotten a closed connection.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
+/// One connection of another host, served here or about to be.
+pub(crate) struct Served {
+    machine: Target,
+    peer: usize,
+    begin: Option<Box<BeginOffload>>,
+    restored: Option<Repaired>,
+    /// Name of the handler.
+    pub(crate) handler: String,
+    mode: Option<HandlerMode>,
+    acceptor: Option<Place>,
+    /// The client.
+    pub(crate) client: SocketAddr,
+    /// Our address of the connection.
+    pub(crate) local: SocketAddr,
+    /// The host's address of the connection.
+    pub(crate) host: SocketAddr,
+    /// Its key in the rewrite table, once it has an entry there.
+    pub(crate) rewrite: Option<FlowKey>,
+    /// Who has it.
+    pub(crate) place: Place,
+    ending: Option<(Instant, Duration)>,
+    ready: Option<TargetReady>,
+    begun_ns: u64,
+    host_ready_ns: u64,
+    refusal: String,
+}
+
+impl Served {
+    /// Where the hand-off stands.
+    pub(crate) fn state(&self) -> TargetState {
+        self.machine.state()
+    }
+}
+
+impl Engine {
+    /// `BEGIN_OFFLOAD`.
+    pub(crate) fn on_begin(&mut self, index: usize, begin: BeginOffload) {
+        let begun_ns = now_ns();
+        let Some(node) = self.node_of(index) else { return };
+        let key = (node, begin.id);
+        if !self.served.contains_key(&key) {
+            let served = Served {
+                machine: Target::default(),
+                peer: index,
+                restored: None,
+                handler: begin.handler.clone(),
+                mode: None,
+                acceptor: None,
+                client: begin.record.client,
+                local: begin.record.local,
+                host: begin.record.local,
+                rewrite: None,
+                place: Place::None,
+                ending: None,
+                ready: None,
+                begun_ns,
+                host_ready_ns: 0,
+                refusal: String::new(),
+                begin: Some(Box::new(begin)),
+            };
+            self.served.insert(key.clone(), served);
+        }
+        self.target_event(&key, &TargetEvent::Begin);
+    }
+
+    /// `HOST_READY`.
+    pub(crate) fn on_host_ready(&mut self, index: usize, id: HandoffId) {
+        let Some(node) = self.node_of(index) else { return };
+        let key = (node, id);
+        if let Some(served) = self.served.get_mut(&key) {
+            served.host_ready_ns = now_ns();
+            self.target_event(&key, &TargetEvent::HostReady);
+        } else {
+            // Restored here once, given up since (time limit, restart): the host must tell the client.
+            let detail = "no such hand-off".into();
+            self.send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
+        }
+    }
+
+    /// `ABORT`.
+    pub(crate) fn on_abort(&mut self, index: usize, id: HandoffId) {
+        if let Some(node) = self.node_of(index) {
+            self.target_event(&(node, id), &TargetEvent::Abort);
+        }
+    }
+
+    /// `CLOSED_ACK`.
+    pub(crate) fn on_closed_ack(&mut self, index: usize, id: HandoffId) {
+        if let Some(node) = self.node_of(index) {
+            self.target_event(&(node, id), &TargetEvent::ClosedAck);
+        }
+    }
+
+    /// A time limit of the target's side ran out.
+    pub(crate) fn target_deadline(&mut self, key: &ServedKey) {
+        self.target_event(key, &TargetEvent::Deadline);
+    }
+
+    /// A host is connected again.
+    pub(crate) fn served_peer_back(&mut self, node: &str) {
+        let waits = |s: &Served| s.state() == TargetState::Closing;
+        let keys: Vec<_> =
+            self.served.iter().filter(|(k, s)| *k.0 == *node && waits(s)).map(|(k, _)| k.clone()).collect();
+        for key in keys {
+            self.target_event(&key, &TargetEvent::PeerBack);
+        }
+    }
+
+    /// Feeds the state machine and carries out what it says.
+    pub(crate) fn target_event(&mut self, key: &ServedKey, event: &TargetEvent) {
+        let mut next = Some(event.clone());
+        let mut actions = Vec::with_capacity(4);
+        while let Some(event) = next.take() {
+            let Some(served) = self.served.get_mut(key) else { return };
+            let before = served.state();
+            served.machine.on(&event, &mut actions);
+            if (before == TargetState::Ready) != (served.state() == TargetState::Ready) {
+                if before == TargetState::Ready { self.in_flight -= 1 } else { self.in_flight += 1 }
+            }
+            for action in actions.drain(..) {
+                next = self.target_action(key, action);
+                if next.is_some() {
+                    break;
+                }
+            }
+        }
+        if self.served.get(key).is_some_and(|s| s.state() == TargetState::Done) {
+            self.served.remove(key);
+        }
+    }
+
+    fn target_action(&mut self, key: &ServedKey, action: TargetAction) -> Option<TargetEvent> {
+        match action {
+            TargetAction::Restore => return Some(TargetEvent::Restored(self.restore(key))),
+            TargetAction::SendReady => {
+                if let Some(ready) = self.served.get(key).and_then(|s| s.ready.clone()) {
+                    self.send_to_host(key, &PeerMessage::TargetReady(ready));
+                }
+                self.at(Instant::now() + PATIENCE, Timer::TargetDeadline(key.clone()));
+            }
+            TargetAction::Refuse(reason) => {
+                let detail = self.served.get_mut(key).map(|s| std::mem::take(&mut s.refusal));
+                let detail = detail.unwrap_or_default();
+                log::debug!("refusing a connection of {}: {reason} {detail}", key.0);
+                self.send_to_host(key, &PeerMessage::Refuse(Refuse { id: key.1, reason, detail }));
+            }
+            TargetAction::Start => return self.start(key).map(TargetEvent::Handed),
+            TargetAction::SendHanded => self.send_handed(key),
+            TargetAction::Discard => {
+                if let Some(served) = self.served.get_mut(key) {
+                    served.restored = None;
+                }
+                self.remove_rewrite(key);
+            }
+            TargetAction::SendClosed => {
+                self.send_to_host(key, &PeerMessage::Closed(key.1));
+                self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
+            }
+            TargetAction::RemoveRewrite => self.remove_rewrite(key),
+        }
+        None
+    }
+
+    fn send_to_host(&mut self, key: &ServedKey, message: &PeerMessage) {
+        let preferred = self.served.get(key).map(|s| s.peer);
+        if let Some(index) = self.connection_to(&key.0, preferred) {
+            self.send_to(index, message);
+        }
+    }
+
+    fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
+        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        let begin = served.begin.take().ok_or(Reason::Closed)?;
+        let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
+        let mode = handler.map(|h| h.mode.clone()).ok_or_else(|| {
+            served.refusal = format!("no handler '{}' in the configuration", begin.handler);
+            Reason::NoHandler
+        })?;
+        let (bind, v6_socket, acceptor) = match &mode {
+            HandlerMode::Attach { port } => {
+                let found = self.pick_acceptor(*port, begin.record.client);
+                let Some((place, listener)) = found else {
+                    if let Some(served) = self.served.get_mut(key) {
+                        served.refusal = format!("no process under the library listens on port {port}");
+                    }
+                    return Err(Reason::NoHandler);
+                };
+                let ip = specific(listener.address.ip(), begin.record.client, &self.config.addresses);
+                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.address.is_ipv6(), Some(place))
+            }
+            HandlerMode::Exec { .. } => {
+                let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+                let ip = specific(any, begin.record.client, &self.config.addresses);
+                (ip.map(|ip| SocketAddr::new(ip, begin.record.local.port())), false, None)
+            }
+        };
+        let v6_socket = v6_socket && begin.record.client.is_ipv4();
+        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        let Some(bind) = bind else {
+            served.refusal = "no address of the client's family in `addresses`".into();
+            return Err(Reason::TargetUnwilling);
+        };
+        let t0 = now_ns();
+        let restored = tcp_repair::restore(&begin.record, bind, v6_socket).map_err(|e| {
+            served.refusal = e.to_string();
+            Reason::RestoreFailed
+        })?;
+        let t1 = now_ns();
+        let local = restored.local();
+        let rewrite = flow_key(begin.record.client, local);
+        self.steer.rewrite(&rewrite, key.1, begin.record.local).map_err(|e| {
+            served.refusal = e.to_string();
+            match e {
+                SteerError::Full | SteerError::Exists => Reason::TableFull,
+                _ => Reason::RestoreFailed,
+            }
+        })?;
+        let t2 = now_ns();
+        let ready = TargetReady {
+            id: key.1,
+            local,
+            restore_ns: t1 - t0,
+            rewrite_ns: t2 - t1,
+            total_ns: t2.saturating_sub(served.begun_ns),
+        };
+        served.restored = Some(restored);
+        served.rewrite = Some(rewrite);
+        served.local = local;
+        served.mode = Some(mode);
+        served.acceptor = acceptor;
+        served.ready = Some(ready);
+        Ok(())
+    }
+
+    /// Leaves repair mode and hands the socket over. `None` while a handler process is being started.
+    fn start(&mut self, key: &ServedKey) -> Option<Result<(), Reason>> {
+        let served = self.served.get_mut(key)?;
+        let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
+        let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
+        // A response follows at once, so no window probe is needed.
+        let socket = match restored.start(false) {
+            Ok(socket) => OwnedFd::from(socket),
+            Err(e) => {
+                log::error!("starting the connection of {client}: {e}");
+                return Some(Err(Reason::RestoreFailed));
+            }
+        };
+        match mode {
+            Some(HandlerMode::Attach { port }) => {
+                let result = self.attach(key, port, acceptor, client, socket);
+                if let Err(e) = &result {
+                    log::warn!("handing the connection of {client} over: {e}");
+                }
+                Some(result.map_err(|_| Reason::NoHandler))
+            }
+            Some(HandlerMode::Exec { command }) => {
+                self.exec(key, command, socket);
+                None
+            }
+            None => Some(Err(Reason::NoHandler)),
+        }
+    }
+
+    fn send_handed(&mut self, key: &ServedKey) {
+        let at_ns = now_ns();
+        let Some(served) = self.served.get_mut(key) else { return };
+        let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
+        if served.ready.take().is_some() {
+            self.metrics.accepted();
+        }
+        self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
+    }
+
+    fn remove_rewrite(&mut self, key: &ServedKey) {
+        let Some(rewrite) = self.served.get_mut(key).and_then(|s| s.rewrite.take()) else { return };
+        if let Err(e) = self.steer.remove_rewrite(&rewrite, key.1) {
+            log::error!("removing a source rewrite: {e}");
+        }
+    }
+
+    /// Starts to look whether the kernel has forgotten the connection.
+    pub(crate) fn expect_end(&mut self, key: &ServedKey) {
+        if let Some(served) = self.served.get_mut(key)
+            && served.ending.is_none()
+        {
+            served.ending = Some((Instant::now(), FIRST_LOOK));
+        }
+    }
+
+    /// Every tick: connections whose handler has closed them, and those that are closing.
+    pub(crate) fn look_for_ends(&mut self, now: Instant) {
+        self.reap_children();
+        let mut gone = Vec::new();
+        for (key, served) in &mut self.served {
+            if served.state() != TargetState::Served {
+                continue;
+            }
+            if served.ending.is_none() && served.place.closed(&self.libraries) {
+                served.ending = Some((now, FIRST_LOOK));
+            }
+            let Some((when, pause)) = served.ending else { continue };
+            if now < when {
+                continue;
+            }
+            match self.diag.state(served.local, served.client) {
+                Ok(None) => gone.push(key.clone()),
+                Ok(Some(_)) => served.ending = Some((now + pause, (pause * 2).min(LONGEST_LOOK))),
+                Err(e) => {
+                    log::error!("sock_diag: {e}");
+                    served.ending = Some((now + LONGEST_LOOK, LONGEST_LOOK));
+                }
+            }
+        }
+        for key in gone {
+            self.ended(&key);
+        }
+    }
+
+    /// Now and then: connections whose end nobody reported.
+    pub(crate) fn sweep_served(&mut self, now: Instant) {
+        for served in self.served.values_mut() {
+            if served.state() == TargetState::Served
+                && served.ending.is_none()
+                && matches!(self.diag.state(served.local, served.client), Ok(None))
+            {
+                served.ending = Some((now, FIRST_LOOK));
+            }
+        }
+    }
+
+    fn ended(&mut self, key: &ServedKey) {
+        if let Some(served) = self.served.get_mut(key) {
+            let place: Place = std::mem::replace(&mut served.place, Place::None);
+            place.free(&mut self.libraries);
+        }
+        self.target_event(key, &TargetEvent::SocketGone);
+    }
+}
+
+/// The address to restore on: the listener's own if it has one, else ours of the client's family.
+fn specific(listener: IpAddr, client: SocketAddr, addresses: &[IpAddr]) -> Option<IpAddr> {
+    let listener = listener.to_canonical();
+    let wildcard = listener == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || listener == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if wildcard {
+        addresses.iter().copied().find(|a| a.is_ipv4() == client.is_ipv4())
+    } else {
+        Some(listener)
+    }
+}
+

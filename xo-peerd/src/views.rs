@@ -1,0 +1,101 @@
+//! What `xo-peerd status` and `xo-peerd flows` show of the engine.
+
+use serde_json::{Value, json};
+use xo_bpf_abi::PATH_NAMES;
+use xo_proto::handoff::{HostState, TargetState};
+use xo_proto::reason::ALL;
+use xo_proto::slot::Counter;
+
+use crate::engine::Engine;
+use crate::metrics::{Live, PeerView};
+
+/// Names of the library's counters beyond the reasons.
+const LIBRARY: [(Counter, &str); 4] = [
+    (Counter::Accepted, "accepted"),
+    (Counter::Local, "local"),
+    (Counter::Asked, "asked"),
+    (Counter::Delivered, "delivered"),
+];
+
+impl Engine {
+    /// The present state, for the metrics.
+    pub(crate) fn live(&self) -> Live {
+        let hosted = self.hosted.values().filter(|f| f.state() == HostState::Offloaded).count() as u64;
+        let served = self.served.values().filter(|s| s.state() == TargetState::Served).count() as u64;
+        let counters = self.steer.counters().unwrap_or_default();
+        Live {
+            node: self.config.node.clone(),
+            flows_active: hosted + served,
+            flows_hosted: hosted,
+            flows_served: served,
+            steering_mode: self.steer.mode().to_owned(),
+            flow_entries: self.steer.flow_entries() as u64,
+            counters: PATH_NAMES.iter().map(|n| (*n).to_owned()).zip(counters).collect(),
+            library: self.library_counters(),
+            peers: self.peer_views(),
+            handlers: self.handler_views(),
+            threads: 1,
+        }
+    }
+
+    /// One entry for each connection that is offloaded from here or served here.
+    pub(crate) fn flows_json(&self) -> String {
+        let mut flows = Vec::with_capacity(self.hosted.len() + self.served.len());
+        for (id, f) in &self.hosted {
+            let entry = self.steer.flow(&f.key);
+            flows.push(json!({
+                "role": "host",
+                "id": id,
+                "client": f.client.to_string(),
+                "local": f.local.to_string(),
+                "peer": f.target,
+                "to": f.to.map(|a| a.to_string()),
+                "state": format!("{:?}", f.state()).to_lowercase(),
+                "packets": entry.map(|e| e.packets),
+                "bytes": entry.map(|e| e.bytes),
+            }));
+        }
+        for ((node, id), s) in &self.served {
+            let entry = s.rewrite.as_ref().and_then(|k| self.steer.rewrite_entry(k));
+            flows.push(json!({
+                "role": "target",
+                "id": id,
+                "client": s.client.to_string(),
+                "local": s.local.to_string(),
+                "peer": &**node,
+                "to": s.host.to_string(),
+                "handler": s.handler,
+                "state": format!("{:?}", s.state()).to_lowercase(),
+                "packets": entry.map(|e| e.packets),
+                "bytes": entry.map(|e| e.bytes),
+            }));
+        }
+        Value::Array(flows).to_string()
+    }
+
+    fn library_counters(&self) -> Vec<(String, u64)> {
+        let tables: Vec<_> = self.libraries.iter().filter_map(|(_, l)| l.slots.as_ref()).collect();
+        let sum = |i: usize| tables.iter().map(|t| t.counter(i)).sum::<u64>() + self.past_counters[i];
+        let reasons = ALL.iter().map(|r| (r.name().to_owned(), sum(*r as usize)));
+        let others = LIBRARY.iter().map(|(c, name)| ((*name).to_owned(), sum(*c as usize)));
+        others.chain(reasons).collect()
+    }
+
+    fn peer_views(&self) -> Vec<PeerView> {
+        let dialled = self.dials.iter().map(|(node, dial)| {
+            let up = self.connection_to(node, dial.index).is_some();
+            let state = if up { "connected" } else { "away" };
+            PeerView { name: node.clone(), address: dial.address.to_string(), state: state.into() }
+        });
+        let accepted = self.peers.iter().filter(|(_, p)| p.dialled.is_none()).map(|(_, p)| {
+            let state = if p.usable() { "connected" } else { "greeting" };
+            PeerView { name: p.name(), address: String::new(), state: state.into() }
+        });
+        dialled.chain(accepted).collect()
+    }
+
+    fn handler_views(&self) -> Vec<(String, u64)> {
+        let count = |name: &str| self.served.values().filter(|s| s.handler == name).count() as u64;
+        self.config.handlers.iter().map(|h| (h.name.clone(), count(&h.name))).collect()
+    }
+}

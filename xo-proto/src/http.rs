@@ -1,0 +1,14 @@
+//! HTTP/1.x framing: where a request ends, and when its response is complete (RFC 9112).
+//!
+//! Nothing here changes a byte. What is ambiguous is refused, so that a request can never be framed one way
+//! here and another way by the server behind: such a connection is left alone.
+
+mod chunked;
+mod request;
+mod response;
+
+pub use request::{Body, Head, Limit, MAX_HEAD, RequestHead, RequestTracker, parse_head};
+pub use response::{Method, Progress, ResponseTracker};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+//! The policy: which requests go where (DESIGN: the file `policy.toml`, or the one-liners `XO_LISTEN`,
+//! `XO_TARGETS`, `XO_RULES`). First match wins; no match means "served where it is".
+//!
+//! The one-liners, in a small grammar:
+//! ```text
+//! XO_LISTEN  = port *( "," port )
+//! XO_TARGETS = name "=" address ":" port *( "," name "=" address ":" port )
+//! XO_RULES   = rule *( ";" rule )
+//! rule       = *condition "=>" name *( "," name ) [ "@" handler ]
+//! condition  = "/" prefix | "=" exact-path | "~" path-regex | "host=" name | "method=" name
+//! ```
+//! For example `XO_RULES="/img/ => t1,t2 @web; host=a.example /obj/ => t2; / => local"`.
+
+mod file;
+mod line;
+mod matching;
+
+use std::net::SocketAddr;
+
+use regex_lite::Regex;
+
+pub use matching::Decision;
+
+/// Handler of rules that name none.
+pub const DEFAULT_HANDLER: &str = "default";
+/// The name in `to` that means: the host serves it.
+pub const LOCAL: &str = "local";
+
+/// What is wrong with a policy, and where.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{line}:{column}: {message}")]
+pub struct PolicyError {
+    /// From 1.
+    pub line: usize,
+    /// In characters, from 1.
+    pub column: usize,
+    /// One line.
+    pub message: String,
+}
+
+/// Where requests may go.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Local ports whose connections are tracked.
+    pub listen: Vec<u16>,
+    rules: Vec<Rule>,
+}
+
+/// A machine that takes connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Node name.
+    pub name: String,
+    /// Peer address of its daemon.
+    pub address: SocketAddr,
+}
+
+#[derive(Clone, Debug)]
+struct Rule {
+    conditions: Vec<Condition>,
+    /// The host is among the targets.
+    local: bool,
+    targets: Vec<Target>,
+    handler: String,
+}
+
+#[derive(Clone, Debug)]
+enum Condition {
+    Prefix(String),
+    Exact(String),
+    Regex(Regex),
+    Host(String),
+    Method(Vec<String>),
+    Header { name: String, value: Option<String> },
+}
+
+impl Policy {
+    /// Reads a policy file.
+    ///
+    /// # Errors
+    /// With line and column of what is wrong.
+    pub fn parse(text: &str) -> Result<Policy, PolicyError> {
+        file::parse(text)
+    }
+
+    /// Reads a policy from the file's text and the one-liners; each given one-liner replaces the file's
+    /// part. `None` when neither says anything.
+    ///
+    /// # Errors
+    /// As [`Policy::parse`]; in a one-liner the column is that of the variable's text and the line is 1.
+    pub fn load(
+        text: Option<&str>,
+        listen: Option<&str>,
+        targets: Option<&str>,
+        rules: Option<&str>,
+    ) -> Result<Option<Policy>, PolicyError> {
+        if text.is_none() && rules.is_none() {
+            return Ok(None);
+        }
+        let mut parts = text.map(file::parts).transpose()?.unwrap_or_default();
+        if let Some(listen) = listen {
+            parts.listen = line::listen(listen)?;
+        }
+        if let Some(targets) = targets {
+            parts.targets = line::targets(targets)?;
+        }
+        if let Some(rules) = rules {
+            parts.rules = line::rules(rules)?;
+        }
+        parts.build(text.unwrap_or_default()).map(Some)
+    }
+}
+
+/// A value and where it stands (byte offset into the text it came from).
+#[derive(Clone, Debug)]
+struct At<T> {
+    value: T,
+    offset: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Parts {
+    listen: Vec<At<u16>>,
+    targets: Vec<(At<String>, SocketAddr)>,
+    rules: Vec<RawRule>,
+}
+
+#[derive(Clone, Debug)]
+struct RawRule {
+    conditions: Vec<Condition>,
+    to: Vec<At<String>>,
+    handler: Option<String>,
+    /// Text that the offsets refer to, for one-liners.
+    source: Option<String>,
+}
+
+impl Parts {
+    fn build(self, text: &str) -> Result<Policy, PolicyError> {
+        if let Some(twice) = self.listen.iter().enumerate().find(|(i, p)| {
+            self.listen.iter().take(*i).any(|q| q.value == p.value)
+        }) {
+            let message = format!("port {} stands twice in `listen`", twice.1.value);
+            return Err(error_at(text, twice.1.offset, message));
+        }
+        let mut rules = Vec::with_capacity(self.rules.len());
+        for raw in self.rules {
+            let text = raw.source.as_deref().unwrap_or(text);
+            let (mut local, mut targets) = (false, Vec::new());
+            for name in &raw.to {
+                if name.value == LOCAL {
+                    local = true;
+                    continue;
+                }
+                let Some((_, address)) = self.targets.iter().find(|(n, _)| n.value == name.value) else {
+                    let known = self.targets.iter().map(|(n, _)| n.value.as_str()).chain([LOCAL]);
+                    let message = format!("unknown target `{}`{}", name.value, suggestion(&name.value, known));
+                    return Err(error_at(text, name.offset, message));
+                };
+                targets.push(Target { name: name.value.clone(), address: *address });
+            }
+            let handler = raw.handler.unwrap_or_else(|| DEFAULT_HANDLER.to_owned());
+            rules.push(Rule { conditions: raw.conditions, local, targets, handler });
+        }
+        Ok(Policy { listen: self.listen.iter().map(|p| p.value).collect(), rules })
+    }
+}
+
+fn error_at(text: &str, offset: usize, message: impl Into<String>) -> PolicyError {
+    let (line, column) = position(text, offset);
+    PolicyError { line, column, message: message.into() }
+}
+
+/// Line and column (in characters), from 1, of a byte offset.
+#[must_use]
+pub fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset.min(text.len())).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |i| i + 1);
+    let column = before.get(line_start..).unwrap_or_default().chars().count() + 1;
+    (before.matches('\n').count() + 1, column)
+}
+
+/// "; did you mean `x`?" for a name that is close to a known one.
+#[must_use]
+pub fn suggestion<'a>(given: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let best = known.map(|k| (distance(given, k), k)).min();
+    match best {
+        Some((d, name)) if d <= 1 + given.len() / 4 => format!("; did you mean `{name}`?"),
+        _ => String::new(),
+    }
+}
+
+/// Edit distance (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, cb) in b.iter().enumerate() {
+            let next = (diagonal + usize::from(ca != *cb)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+//! The one-liners; grammar in the parent's documentation.
+
+use regex_lite::Regex;
+
+use super::{At, Condition, PolicyError, RawRule, error_at};
+
+/// `XO_LISTEN`.
+pub(super) fn listen(text: &str) -> Result<Vec<At<u16>>, PolicyError> {
+    items(0, text, ',')
+        .map(|item| {
+            let port = item.value.parse().ok().filter(|p| *p != 0);
+            let value = port.ok_or_else(|| {
+                error_at(text, item.offset, format!("XO_LISTEN: `{}` is not a port", item.value))
+            })?;
+            Ok(At { value, offset: item.offset })
+        })
+        .collect()
+}
+
+/// `XO_TARGETS`.
+pub(super) fn targets(text: &str) -> Result<Vec<(At<String>, std::net::SocketAddr)>, PolicyError> {
+    items(0, text, ',')
+        .map(|item| {
+            let bad = || {
+                let message = format!("XO_TARGETS: `{}` is not NAME=ADDRESS:PORT", item.value);
+                error_at(text, item.offset, message)
+            };
+            let (name, address) = item.value.split_once('=').ok_or_else(bad)?;
+            let address = address.trim().parse().map_err(|_| bad())?;
+            Ok((At { value: name.trim().to_owned(), offset: item.offset }, address))
+        })
+        .collect()
+}
+
+/// `XO_RULES`.
+pub(super) fn rules(text: &str) -> Result<Vec<RawRule>, PolicyError> {
+    items(0, text, ';').map(|item| rule(text, item)).collect()
+}
+
+fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
+    let fail = |offset, message: String| error_at(text, offset, format!("XO_RULES: {message}"));
+    let Some((conditions, to)) = item.value.split_once("=>") else {
+        return Err(fail(item.offset, format!("`{}` has no `=>`", item.value)));
+    };
+    let to_offset = item.offset + conditions.len() + 2;
+    let (names, handler) = match to.split_once('@') {
+        Some((names, handler)) => (names, Some(handler.trim().to_owned())),
+        None => (to, None),
+    };
+    let conditions = items(item.offset, conditions, ' ')
+        .map(|c| condition(c.value).map_err(|message| fail(c.offset, message)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let to: Vec<_> = items(to_offset, names, ',')
+        .map(|name| At { value: name.value.to_owned(), offset: name.offset })
+        .collect();
+    if to.is_empty() {
+        return Err(fail(to_offset, "no target after `=>`".into()));
+    }
+    Ok(RawRule { conditions, to, handler, source: Some(text.to_owned()) })
+}
+
+fn condition(text: &str) -> Result<Condition, String> {
+    if text.starts_with('/') {
+        return Ok(Condition::Prefix(text.to_owned()));
+    }
+    if let Some(path) = text.strip_prefix('=').filter(|p| p.starts_with('/')) {
+        return Ok(Condition::Exact(path.to_owned()));
+    }
+    if let Some(regex) = text.strip_prefix('~') {
+        return Regex::new(regex).map(Condition::Regex).map_err(|e| e.to_string());
+    }
+    if let Some(host) = text.strip_prefix("host=") {
+        return Ok(Condition::Host(host.to_ascii_lowercase()));
+    }
+    if let Some(method) = text.strip_prefix("method=") {
+        return Ok(Condition::Method(method.split('|').map(str::to_owned).collect()));
+    }
+    Err(format!("`{text}` is no condition (/PREFIX =/EXACT ~REGEX host=NAME method=NAME)"))
+}
+
+/// Non-empty, trimmed pieces of `part`, which begins at byte `start` of the variable, with their offsets.
+fn items<'t>(start: usize, part: &'t str, separator: char) -> impl Iterator<Item = At<&'t str>> {
+    let mut offset = start;
+    part.split(separator).filter_map(move |piece| {
+        let begin = offset + (piece.len() - piece.trim_start().len());
+        offset += piece.len() + separator.len_utf8();
+        let value = piece.trim();
+        (!value.is_empty()).then_some(At { value, offset: begin })
+    })
+}

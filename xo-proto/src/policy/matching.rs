@@ -1,0 +1,128 @@
+//! Matching a request against the rules.
+
+use std::borrow::Cow;
+
+use super::{Condition, Policy, Rule, Target};
+use crate::http::RequestHead;
+
+/// What the policy says about a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision<'p> {
+    /// Served where it is.
+    Local,
+    /// To one of these, by turns.
+    To {
+        /// Number of the rule, from 0.
+        rule: usize,
+        /// At least one.
+        targets: &'p [Target],
+        /// Handler at the target.
+        handler: &'p str,
+    },
+}
+
+impl Policy {
+    /// Decides about a request on the machine `node`: a rule that names this machine, or `local`, leaves it
+    /// here.
+    #[must_use]
+    pub fn decide(&self, head: &RequestHead<'_>, node: &str) -> Decision<'_> {
+        let path = normalised(head.path);
+        let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
+        match found {
+            Some((rule, r)) if !r.local && !r.targets.is_empty() && r.targets.iter().all(|t| t.name != node) => {
+                Decision::To { rule, targets: &r.targets, handler: &r.handler }
+            }
+            _ => Decision::Local,
+        }
+    }
+
+    /// Can any request leave?
+    #[must_use]
+    pub fn is_inert(&self) -> bool {
+        self.listen.is_empty() || self.rules.iter().all(|r| r.targets.is_empty())
+    }
+}
+
+impl Rule {
+    fn matches(&self, head: &RequestHead<'_>, path: &str) -> bool {
+        self.conditions.iter().all(|c| match c {
+            Condition::Prefix(p) => path.starts_with(p.as_str()),
+            Condition::Exact(p) => path == p,
+            Condition::Regex(r) => r.is_match(path),
+            Condition::Host(h) => head.host.is_some_and(|given| host_matches(h, given)),
+            Condition::Method(all) => all.iter().any(|m| m == head.method),
+            Condition::Header { name, value } => match value {
+                Some(value) => head.header(name).any(|v| v == value.as_bytes()),
+                None => head.header(name).next().is_some(),
+            },
+        })
+    }
+}
+
+/// Exact, or `*.example.org` for any name below; the port of the given host is ignored.
+fn host_matches(pattern: &str, given: &str) -> bool {
+    let name = match given.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => given,
+    };
+    match pattern.strip_prefix('*') {
+        Some(suffix) => {
+            let begin = name.len().checked_sub(suffix.len());
+            begin.is_some_and(|at| {
+                at > 0 && name.get(at..).is_some_and(|end| end.eq_ignore_ascii_case(suffix))
+            })
+        }
+        None => name.eq_ignore_ascii_case(pattern),
+    }
+}
+
+/// The path that a server would look up: escapes resolved, `//`, `/./` and `/../` too, as nginx does. A path
+/// that needs none of it is not copied.
+pub(super) fn normalised(path: &str) -> Cow<'_, str> {
+    let plain = !path.contains('%') && !path.contains("//") && !path.contains("/.");
+    if plain {
+        return Cow::Borrowed(path);
+    }
+    let decoded = decoded(path.as_bytes());
+    let text = String::from_utf8_lossy(&decoded);
+    let mut parts: Vec<&str> = Vec::new();
+    let mut directory = false;
+    for part in text.split('/').skip(1) {
+        directory = matches!(part, "" | "." | "..");
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    let mut result = String::with_capacity(text.len());
+    for part in &parts {
+        result.push('/');
+        result.push_str(part);
+    }
+    if directory || parts.is_empty() {
+        result.push('/');
+    }
+    Cow::Owned(result)
+}
+
+fn decoded(path: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let digit = |at: usize| tail.get(at).and_then(|b| char::from(*b).to_digit(16));
+        match (byte, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => {
+                out.push((high << 4 | low) as u8);
+                rest = tail.get(2..).unwrap_or_default();
+            }
+            _ => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    out
+}

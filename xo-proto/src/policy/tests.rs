@@ -1,0 +1,127 @@
+use super::matching::normalised;
+use super::*;
+use crate::http::{Head, RequestHead, parse_head};
+
+const FILE: &str = r#"
+listen = [80, 443]
+
+[targets]
+t1 = "10.3.0.2:7400"
+t2 = "[fd00:4::2]:7400"
+
+[[rule]]
+path_exact = "/img/logo"
+to = ["local"]
+
+[[rule]]
+path_prefix = "/img/"
+to = ["t1", "t2"]
+balance = "round_robin"
+handler = "web"
+
+[[rule]]
+host = "*.Example.org"
+method = ["PUT", "POST"]
+header = { name = "x-tier", value = "gold" }
+to = ["t2"]
+
+[[rule]]
+path_regex = "^/v[0-9]+/obj"
+to = ["t1"]
+"#;
+
+fn head(text: &str) -> Box<RequestHead<'_>> {
+    match parse_head(text.as_bytes()) {
+        Head::Complete(head) => head,
+        _ => panic!("{text:?}"),
+    }
+}
+
+fn names(policy: &Policy, node: &str, request: &str) -> Option<(usize, Vec<String>, String)> {
+    match policy.decide(&head(&format!("{request}\r\n\r\n")), node) {
+        Decision::Local => None,
+        Decision::To { rule, targets, handler } => {
+            Some((rule, targets.iter().map(|t| t.name.clone()).collect(), handler.to_owned()))
+        }
+    }
+}
+
+#[test]
+fn the_first_matching_rule_decides() {
+    let p = Policy::parse(FILE).expect("a policy");
+    assert_eq!(p.listen, [80, 443]);
+    let both = Some((1, vec!["t1".into(), "t2".into()], "web".into()));
+    assert_eq!(names(&p, "host", "GET /img/a.png HTTP/1.1"), both);
+    assert_eq!(names(&p, "host", "GET http://x/img/a.png?q HTTP/1.1"), both);
+    assert_eq!(names(&p, "host", "GET /a/..//./%69mg/x HTTP/1.1"), both);
+    assert_eq!(names(&p, "host", "GET /img/logo HTTP/1.1"), None);
+    assert_eq!(names(&p, "host", "GET /other HTTP/1.1"), None);
+    assert_eq!(names(&p, "t1", "GET /img/a.png HTTP/1.1"), None, "t1 is where it belongs");
+    let gold = "PUT /x HTTP/1.1\r\nHost: A.example.ORG:80\r\nX-Tier: gold";
+    assert_eq!(names(&p, "host", gold), Some((2, vec!["t2".into()], "default".into())));
+    assert_eq!(names(&p, "host", &gold.replace("PUT", "GET")), None);
+    assert_eq!(names(&p, "host", &gold.replace("gold", "Gold")), None);
+    assert_eq!(names(&p, "host", &gold.replace("A.example.ORG", "example.org")), None);
+    assert_eq!(names(&p, "host", "GET /v12/obj/3 HTTP/1.1"), Some((3, vec!["t1".into()], "default".into())));
+}
+
+#[test]
+fn paths_are_what_the_server_looks_up() {
+    for (given, expected) in [
+        ("/a/b", "/a/b"),
+        ("/a//b", "/a/b"),
+        ("/a/./b/", "/a/b/"),
+        ("/a/../img/x", "/img/x"),
+        ("/../../x", "/x"),
+        ("/a/..", "/"),
+        ("/%2e%2e/x%2Fy", "/x/y"),
+        ("/100%", "/100%"),
+        ("/a%zz", "/a%zz"),
+        ("/.hidden", "/.hidden"),
+    ] {
+        assert_eq!(normalised(given), expected, "{given}");
+    }
+}
+
+#[test]
+fn errors_say_where() {
+    for (from, to, line, column, part) in [
+        ("to = [\"t2\"]", "to = [\"t1\", \"t3\"]", 22, 13, "unknown target `t3`; did you mean `t"),
+        ("10.3.0.2:7400", "10.3.0.2", 5, 6, "not ADDRESS:PORT"),
+        ("to = [\"local\"]", "to = []", 10, 6, "names no target"),
+        ("handler", "handlr", 16, 1, "unknown field `handlr`"),
+        ("[80, 443]", "[80, 80]", 2, 15, "stands twice"),
+        ("[80, 443]", "\"80\"", 2, 10, "invalid type"),
+        ("round_robin", "robin", 15, 11, "unknown variant `robin`"),
+        ("round_robin", "hash", 15, 11, "round_robin` only"),
+        ("^/v[0-9]+", "^/v[0-9+", 25, 14, "path_regex"),
+        ("\"/img/\"", "\"img/\"", 13, 15, "begins with `/`"),
+        ("t1 = ", "local = ", 5, 1, "the host itself"),
+    ] {
+        let e = Policy::parse(&FILE.replacen(from, to, 1)).expect_err(to);
+        assert_eq!((e.line, e.column), (line, column), "{to}: {e}");
+        assert!(e.message.contains(part), "{e}");
+    }
+}
+
+#[test]
+fn one_liners_mean_the_same() {
+    let listen = Some("80, 8080");
+    let targets = Some("t1=10.3.0.2:7400,t2=10.4.0.2:7400");
+    let rules = Some("/img/ => t1,t2 @web; host=a.example method=GET|HEAD =/x => t2; / => local");
+    let p = Policy::load(None, listen, targets, rules).expect("valid").expect("given");
+    assert_eq!(p.listen, [80, 8080]);
+    let both = Some((0, vec!["t1".into(), "t2".into()], "web".into()));
+    assert_eq!(names(&p, "host", "GET /img/x HTTP/1.1"), both);
+    assert_eq!(names(&p, "host", "HEAD /x HTTP/1.1\r\nHost: a.example").map(|d| d.0), Some(1));
+    assert_eq!(names(&p, "host", "PUT /x HTTP/1.1\r\nHost: a.example"), None);
+    assert!(Policy::load(None, listen, targets, None).expect("nothing").is_none());
+    let p = Policy::load(Some(FILE), Some("8081"), None, None).expect("valid").expect("given");
+    assert_eq!(p.listen, [8081], "the variable replaces the file's part");
+    for (rules, column) in
+        [("/ => t9", 6), ("/ t1", 1), ("/ => ", 5), ("x => t1", 1), ("/ => t1; / => local; ~[ => t1", 22)]
+    {
+        let e = Policy::load(None, listen, targets, Some(rules)).expect_err(rules);
+        assert_eq!((e.line, e.column), (1, column), "{rules}: {e}");
+    }
+}

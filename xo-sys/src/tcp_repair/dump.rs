@@ -1,0 +1,158 @@
+//! Reading a socket's state.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use xo_proto::conn::{ConnRecord, SockOptions, TcpState, Timestamps, Window};
+use xo_proto::reason::Reason;
+
+use super::{
+    ESTABLISHED, ON, OPT_SACK, OPT_TIMESTAMPS, OPT_USEC_TS, OPT_WSCALE, RECV_QUEUE, RepairError, RepairWindow,
+    SEND_QUEUE, SIOCOUTQNSD, SO_BUF_LOCK, Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo, address_of, get_u32, resume,
+    set,
+};
+use crate::raw::{self, sys};
+
+/// Dumps a connection; `limit` bounds the sum of its queues, bytes. On success the socket is in repair mode
+/// with its receive queue selected (see [`super::received_end`]); on failure it is as before.
+///
+/// # Errors
+/// States that cannot move, each with its reason; `DumpFailed` for what the kernel refuses, without
+/// CAP_NET_ADMIN for one.
+pub fn dump(fd: RawFd, limit: usize) -> Result<ConnRecord, RepairError> {
+    let (client, v6_socket) =
+        address_of(fd, libc::SYS_getpeername).step("getpeername", Reason::NotEstablished)?;
+    let (local, _) = address_of(fd, libc::SYS_getsockname).step("getsockname", Reason::NotEstablished)?;
+    let mut info = TcpInfo::default();
+    raw::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).step("TCP_INFO", Reason::NotMovable)?;
+    if info.state != ESTABLISHED {
+        return Err(RepairError::state("TCP state", Reason::NotEstablished));
+    }
+    let mut ulp = [0_u8; 16];
+    if raw::getsockopt(fd, libc::IPPROTO_TCP, TCP_ULP, &mut ulp).is_ok_and(|n| n > 0) {
+        return Err(RepairError::state("TCP_ULP", Reason::NotMovable));
+    }
+    set(fd, libc::TCP_REPAIR, ON).map_err(|source| {
+        // An MPTCP socket does not know the option.
+        let mptcp = source.raw_os_error() == Some(libc::ENOPROTOOPT);
+        let reason = if mptcp { Reason::Mptcp } else { Reason::DumpFailed };
+        RepairError { step: "TCP_REPAIR", reason, source }
+    })?;
+    let record = state(fd, &info, limit).and_then(|tcp| {
+        let options = options(fd, v6_socket).step("socket options", Reason::DumpFailed)?;
+        Ok(ConnRecord { client, local, tcp, options })
+    });
+    if record.is_err() {
+        let _ = resume(fd);
+    }
+    record
+}
+
+fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairError> {
+    let failed = Reason::DumpFailed;
+    let queued = count(fd, libc::FIONREAD as i32).step("SIOCINQ", failed)?;
+    let outstanding = count(fd, libc::TIOCOUTQ as i32).step("SIOCOUTQ", failed)?;
+    let unsent = if outstanding == 0 { 0 } else { count(fd, SIOCOUTQNSD).step("SIOCOUTQNSD", failed)? };
+    if queued + outstanding > limit || unsent > outstanding {
+        return Err(RepairError::state("queues", Reason::QueuesTooLong));
+    }
+    let mss_clamp = get_u32(fd, libc::TCP_MAXSEG).step("TCP_MAXSEG", failed)?;
+    let timestamps = if info.options & OPT_TIMESTAMPS == 0 {
+        None
+    } else {
+        let value = get_u32(fd, libc::TCP_TIMESTAMP).step("TCP_TIMESTAMP", failed)?;
+        Some(Timestamps { value, usec: info.options & OPT_USEC_TS != 0 })
+    };
+    let mut w = RepairWindow::default();
+    raw::getsockopt(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &mut w).step("TCP_REPAIR_WINDOW", failed)?;
+
+    set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
+    let snd_seq = get_u32(fd, libc::TCP_QUEUE_SEQ).step("TCP_QUEUE_SEQ", failed)?;
+    let mut sent = peek(fd, outstanding).step("send queue", failed)?;
+    if sent.len() != outstanding {
+        return Err(RepairError::state("send queue", Reason::StateMoved));
+    }
+    let unsent = sent.split_off(outstanding - unsent);
+
+    set(fd, libc::TCP_REPAIR_QUEUE, RECV_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
+    let rcv_seq = get_u32(fd, libc::TCP_QUEUE_SEQ).step("TCP_QUEUE_SEQ", failed)?;
+    let received = peek(fd, queued).step("receive queue", failed)?;
+    if received.len() != queued {
+        // SIOCINQ stops at urgent data, which a peek passes over; data in flight moves both.
+        return Err(RepairError::state("receive queue", Reason::UrgentData));
+    }
+    let wscale = (info.options & OPT_WSCALE != 0).then_some((info.wscale & 15, info.wscale >> 4));
+    Ok(TcpState {
+        snd_seq,
+        rcv_seq,
+        sent,
+        unsent,
+        received,
+        mss_clamp: u16::try_from(mss_clamp).unwrap_or(u16::MAX),
+        snd_mss: u16::try_from(info.snd_mss).unwrap_or(u16::MAX),
+        wscale,
+        sack: info.options & OPT_SACK != 0,
+        timestamps,
+        window: Window {
+            snd_wl1: w.snd_wl1,
+            snd_wnd: w.snd_wnd,
+            max_window: w.max_window,
+            rcv_wnd: w.rcv_wnd,
+            rcv_wup: w.rcv_wup,
+        },
+    })
+}
+
+fn options(fd: RawFd, v6_socket: bool) -> io::Result<SockOptions> {
+    let int = |level, name| {
+        let mut value = 0_i32;
+        raw::getsockopt(fd, level, name, &mut value).map(|_| value)
+    };
+    let tcp = |name| get_u32(fd, name);
+    let keepalive = int(libc::SOL_SOCKET, libc::SO_KEEPALIVE)? != 0;
+    let times = |name| if keepalive { tcp(name) } else { Ok(0) };
+    let tos = if v6_socket {
+        int(libc::IPPROTO_IPV6, libc::IPV6_TCLASS)?.max(int(libc::IPPROTO_IP, libc::IP_TOS).unwrap_or(0))
+    } else {
+        int(libc::IPPROTO_IP, libc::IP_TOS)?
+    };
+    let mut name = [0_u8; 16];
+    let n = raw::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name)?;
+    let name: Vec<u8> = name.iter().take(n).copied().take_while(|&b| b != 0).collect();
+    Ok(SockOptions {
+        nodelay: tcp(libc::TCP_NODELAY)? != 0,
+        keepalive,
+        keepidle: times(libc::TCP_KEEPIDLE)?,
+        keepintvl: times(libc::TCP_KEEPINTVL)?,
+        keepcnt: times(libc::TCP_KEEPCNT)?,
+        user_timeout: tcp(libc::TCP_USER_TIMEOUT)?,
+        tos: tos as u8,
+        congestion: String::from_utf8_lossy(&name).into_owned(),
+        rcvbuf: int(libc::SOL_SOCKET, libc::SO_RCVBUF)? as u32,
+        sndbuf: int(libc::SOL_SOCKET, libc::SO_SNDBUF)? as u32,
+        // Kernels before 5.16 do not tell; autotuning is what servers have.
+        buf_lock: int(libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0) as u8,
+    })
+}
+
+/// One of the SIOC*Q ioctls.
+fn count(fd: RawFd, request: i32) -> io::Result<usize> {
+    let mut n = 0_i32;
+    // SAFETY: the number lives through the call and may be written.
+    sys!(libc::SYS_ioctl, fd, request, &raw mut n)?;
+    Ok(n.max(0) as usize)
+}
+
+/// Reads up to `expected` + 1 bytes of the selected queue and leaves them there.
+fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; expected + 1];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: pointer and length describe `bytes`.
+    let n = sys!(libc::SYS_recvfrom, fd, bytes.as_mut_ptr(), bytes.len(), flags, 0, 0);
+    match n {
+        Ok(n) => bytes.truncate(n),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock && expected == 0 => bytes.clear(),
+        Err(e) => return Err(e),
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,270 @@
+//! Building a socket from a record.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
+
+use xo_proto::conn::{ConnRecord, SockOptions, TcpState};
+use xo_proto::reason::Reason;
+
+use super::{
+    OFF_NO_PROBE, ON, RECV_QUEUE, RawAddress, RepairError, RepairWindow, SEND_QUEUE, SO_BUF_LOCK, Step,
+    TCP_REPAIR_WINDOW, address_of, reuse_address, set,
+};
+use crate::raw::{self, Fd, sys};
+
+/// Option kinds of `TCP_REPAIR_OPTIONS` (TCPOPT_*).
+const OPT_MSS: u32 = 2;
+const OPT_WSCALE: u32 = 3;
+const OPT_SACK: u32 = 4;
+const OPT_TIMESTAMP: u32 = 8;
+/// Range of TCP_MAXSEG (`TCP_MIN_MSS`, `MAX_TCP_WINDOW`).
+const MSS_RANGE: (u16, u16) = (88, 32_767);
+/// Bytes written into a queue at a time, and the least before giving up on a lack of memory.
+const CHUNK: usize = 256 << 10;
+const LEAST_CHUNK: usize = 1 << 10;
+/// Queues longer than this get buffers to match before they are filled.
+const SMALL_QUEUE: usize = 8 << 10;
+
+/// A restored socket in repair mode: it sends nothing, and closes without a packet when dropped.
+#[derive(Debug)]
+pub struct Repaired {
+    fd: Fd,
+    local: SocketAddr,
+    v6_socket: bool,
+    unsent: Vec<u8>,
+    options: SockOptions,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RepairOption {
+    code: u32,
+    value: u32,
+}
+
+/// Restores a connection, bound to `bind`; `v6_socket` makes an AF_INET6 socket with v4-mapped addresses
+/// out of an IPv4 connection, for servers with a dual-stack listener. When the 4-tuple is taken, the kernel
+/// chooses another port: see [`Repaired::local`].
+///
+/// # Errors
+/// `RestoreFailed` with the step that the kernel refused.
+pub fn restore(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<Repaired, RepairError> {
+    let v6_socket = v6_socket || record.client.is_ipv6();
+    match restore_at(record, bind, v6_socket) {
+        Err(e) if matches!(e.source.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE)) => {
+            restore_at(record, SocketAddr::new(bind.ip(), 0), v6_socket)
+        }
+        other => other,
+    }
+}
+
+fn restore_at(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<Repaired, RepairError> {
+    let failed = Reason::RestoreFailed;
+    let tcp = &record.tcp;
+    let family = if v6_socket { libc::AF_INET6 } else { libc::AF_INET };
+    // SAFETY: numbers only.
+    let fd = sys!(libc::SYS_socket, family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_TCP)
+        .step("socket", failed)?;
+    let fd = Fd::new(fd as RawFd);
+    let raw_fd = fd.as_raw_fd();
+    buffers(raw_fd, record).step("buffers", failed)?;
+    set(raw_fd, libc::TCP_REPAIR, ON).step("TCP_REPAIR", failed)?;
+    let (address, len) = RawAddress::new(bind, v6_socket);
+    // SAFETY: the address lives through the call.
+    sys!(libc::SYS_bind, raw_fd, &raw const address, len).step("bind", failed)?;
+    // Sequence numbers can be set only before connect: those of the queues' beginnings.
+    let rcv_start = tcp.rcv_seq.wrapping_sub(tcp.received.len() as u32);
+    let snd_start = tcp.snd_seq.wrapping_sub((tcp.sent.len() + tcp.unsent.len()) as u32);
+    for (queue, seq) in [(SEND_QUEUE, snd_start), (RECV_QUEUE, rcv_start)] {
+        set(raw_fd, libc::TCP_REPAIR_QUEUE, queue).step("TCP_REPAIR_QUEUE", failed)?;
+        set(raw_fd, libc::TCP_QUEUE_SEQ, seq as i32).step("TCP_QUEUE_SEQ", failed)?;
+    }
+    // Without it the restored socket starts with segments of 524 bytes, whatever the option says later.
+    let mss = tcp.mss_clamp.clamp(MSS_RANGE.0, MSS_RANGE.1);
+    set(raw_fd, libc::TCP_MAXSEG, mss.into()).step("TCP_MAXSEG", failed)?;
+    let (address, len) = RawAddress::new(record.client, v6_socket);
+    // SAFETY: the address lives through the call.
+    sys!(libc::SYS_connect, raw_fd, &raw const address, len).step("connect", failed)?;
+    negotiated(raw_fd, tcp).step("TCP_REPAIR_OPTIONS", failed)?;
+    fill(raw_fd, &tcp.received).step("receive queue", failed)?;
+    if !tcp.sent.is_empty() {
+        set(raw_fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
+        fill(raw_fd, &tcp.sent).step("send queue", failed)?;
+    }
+    let w = &tcp.window;
+    let window = RepairWindow {
+        snd_wl1: w.snd_wl1,
+        snd_wnd: w.snd_wnd,
+        max_window: w.max_window,
+        rcv_wnd: w.rcv_wnd,
+        rcv_wup: w.rcv_wup,
+    };
+    raw::setsockopt(raw_fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &window).step("TCP_REPAIR_WINDOW", failed)?;
+    let local = if bind.port() == 0 {
+        address_of(raw_fd, libc::SYS_getsockname).step("getsockname", failed)?.0
+    } else {
+        bind
+    };
+    Ok(Repaired { fd, local, v6_socket, unsent: tcp.unsent.clone(), options: record.options.clone() })
+}
+
+impl Repaired {
+    /// Address and port that the socket is bound to.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Sets the options that the server had set. Apart from [`restore`] so that it can be done while the
+    /// answer to the host is under way; options that this machine does not know are left out.
+    pub fn apply_options(&self) {
+        let fd = self.fd.as_raw_fd();
+        let o = &self.options;
+        let tcp = |name, value: u32| {
+            if value != 0 {
+                let _ = set(fd, name, value as i32);
+            }
+        };
+        tcp(libc::TCP_NODELAY, o.nodelay.into());
+        tcp(libc::TCP_USER_TIMEOUT, o.user_timeout);
+        if o.keepalive {
+            let _ = raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1_i32);
+            tcp(libc::TCP_KEEPIDLE, o.keepidle);
+            tcp(libc::TCP_KEEPINTVL, o.keepintvl);
+            tcp(libc::TCP_KEEPCNT, o.keepcnt);
+        }
+        if o.tos != 0 {
+            let tos = i32::from(o.tos);
+            let _ = raw::setsockopt(fd, libc::IPPROTO_IP, libc::IP_TOS, &tos);
+            if self.v6_socket {
+                let _ = raw::setsockopt(fd, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &tos);
+            }
+        }
+        let mut name = [0_u8; 16];
+        for (to, from) in name.iter_mut().zip(o.congestion.as_bytes()).take(15) {
+            *to = *from;
+        }
+        if !o.congestion.is_empty() && Some(&name) != defaults().map(|d| &d.congestion) {
+            let _ = raw::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &name);
+        }
+        if o.buf_lock != 3 {
+            // Buffers were set to fit the queues; what the server had not fixed grows by itself again.
+            let _ = raw::setsockopt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &i32::from(o.buf_lock));
+        }
+    }
+
+    /// Brings the socket to life: leaves repair mode (with a window probe if `probe`), sends what the server
+    /// had written and not sent.
+    ///
+    /// # Errors
+    /// `RestoreFailed`; the socket is then closed, which the peer notices.
+    pub fn start(self, probe: bool) -> Result<Fd, RepairError> {
+        let fd = self.fd.as_raw_fd();
+        let off = if probe { 0 } else { OFF_NO_PROBE };
+        set(fd, libc::TCP_REPAIR, off).step("TCP_REPAIR", Reason::RestoreFailed)?;
+        reuse_address(fd).step("SO_REUSEADDR", Reason::RestoreFailed)?;
+        if !self.unsent.is_empty() {
+            fill(fd, &self.unsent).step("unsent data", Reason::RestoreFailed)?;
+        }
+        Ok(self.fd)
+    }
+
+    /// Tells the peer that the connection is lost: a RST with the right sequence number.
+    ///
+    /// # Errors
+    /// Of setsockopt(2).
+    pub fn reset(self) -> io::Result<()> {
+        let fd = self.fd.as_raw_fd();
+        set(fd, libc::TCP_REPAIR, OFF_NO_PROBE)?;
+        let now = libc::linger { l_onoff: 1, l_linger: 0 };
+        raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, &now)
+    }
+}
+
+/// What a fresh socket has.
+struct Defaults {
+    rcvbuf: u32,
+    congestion: [u8; 16],
+}
+
+fn defaults() -> Option<&'static Defaults> {
+    static DEFAULTS: OnceLock<Option<Defaults>> = OnceLock::new();
+    DEFAULTS
+        .get_or_init(|| {
+            // SAFETY: numbers only.
+            let fd = sys!(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0).ok()?;
+            let fd = Fd::new(fd as RawFd);
+            let mut d = Defaults { rcvbuf: 0, congestion: [0; 16] };
+            raw::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &mut d.rcvbuf).ok()?;
+            raw::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut d.congestion).ok()?;
+            Some(d)
+        })
+        .as_ref()
+}
+
+/// Buffers must hold the queues and the window that the peer may fill; a smaller one drops data.
+fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
+    let o = &record.options;
+    let default = defaults().map_or(0, |d| d.rcvbuf);
+    let received = record.tcp.received.len() as u32;
+    let wanted = if received as usize > SMALL_QUEUE { o.rcvbuf.max(received.saturating_mul(3)) } else { o.rcvbuf };
+    if wanted > default || o.buf_lock & 2 != 0 {
+        // The kernel doubles what it is given.
+        raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(wanted / 2))?;
+    }
+    let queued = record.tcp.sent.len() + record.tcp.unsent.len();
+    if queued > SMALL_QUEUE || o.buf_lock & 1 != 0 {
+        let wanted = o.sndbuf.max((queued as u32).saturating_mul(3));
+        raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(wanted / 2))?;
+    }
+    Ok(())
+}
+
+/// Only what was negotiated; then the timestamp clock, or the peer's PAWS check drops all we send.
+fn negotiated(fd: RawFd, tcp: &TcpState) -> io::Result<()> {
+    let mut options = [RepairOption { code: 0, value: 0 }; 4];
+    let wscale = tcp.wscale.map(|(snd, rcv)| u32::from(snd) | u32::from(rcv) << 16);
+    let wanted = [
+        Some((OPT_MSS, u32::from(tcp.mss_clamp))),
+        wscale.map(|value| (OPT_WSCALE, value)),
+        tcp.sack.then_some((OPT_SACK, 0)),
+        tcp.timestamps.map(|_| (OPT_TIMESTAMP, 0)),
+    ];
+    let mut n = 0;
+    for ((code, value), option) in wanted.into_iter().flatten().zip(&mut options) {
+        *option = RepairOption { code, value };
+        n += 1;
+    }
+    let len = n * size_of::<RepairOption>();
+    // SAFETY: `len` bytes of `options` are initialised.
+    sys!(libc::SYS_setsockopt, fd, libc::IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, options.as_ptr(), len)?;
+    match tcp.timestamps {
+        Some(t) => set(fd, libc::TCP_TIMESTAMP, t.value as i32),
+        None => Ok(()),
+    }
+}
+
+/// Writes into the selected queue (or, out of repair mode, to the peer). Short writes are normal; a lack of
+/// memory for a long piece may not be one for a shorter.
+fn fill(fd: RawFd, mut bytes: &[u8]) -> io::Result<()> {
+    let mut chunk = CHUNK;
+    while !bytes.is_empty() {
+        let len = bytes.len().min(chunk);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: pointer and length lie within `bytes`.
+        match sys!(libc::SYS_sendto, fd, bytes.as_ptr(), len, flags, 0, 0) {
+            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS | libc::EAGAIN))
+                    && chunk > LEAST_CHUNK =>
+            {
+                chunk /= 2;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
