@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::engine::{Engine, Parts};
 use crate::links;
 use crate::metrics::Metrics;
+use crate::metrics_http::{self, Published};
 use crate::steer::Steer;
 use crate::tls::Tls;
 
@@ -30,26 +31,31 @@ const SOCKET_MODE: u32 = 0o666;
 const DEFAULT_MTU: usize = 1500;
 
 /// How the daemon was started.
-pub struct RunOptions {
+pub(crate) struct RunOptions {
     /// Started by the library of a server: ends when nobody is left to serve.
-    pub embedded: bool,
+    pub(crate) embedded: bool,
     /// Written to and closed when the socket answers.
-    pub ready_fd: Option<RawFd>,
+    pub(crate) ready_fd: Option<RawFd>,
 }
 
 /// Runs the daemon until it is told to stop.
 ///
 /// # Errors
 /// Whatever keeps it from starting: missing privileges, an address in use, unusable certificates ...
-pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error>> {
     let tls = match &config.tls {
-        Some(files) if !config.insecure => Some(Tls::load(files)?),
+        Some(files) if !config.insecure => {
+            let tls = Tls::load(files)?;
+            // An embedded daemon's node name is the host name; its certificate says who it is to peers.
+            tls.check_node(&config.node)?;
+            Some(tls)
+        }
         _ => None,
     };
     if config.insecure {
         log::warn!("insecure = true: peers are neither authenticated nor encrypted");
     }
-    complete_addresses(&mut config)?;
+    let mtu = complete_addresses(&mut config)?;
     let features = probe::Features::detect();
     let steer = Steer::load(&config.interfaces, config.steering.max_flows, config.steering.hold_bytes)?;
     let ipc_listener = listen_local(&config)?;
@@ -58,7 +64,10 @@ pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error
         .listen
         .map(|a| TcpListener::bind(a).map_err(|e| format!("listen = \"{a}\": {e}")))
         .transpose()?;
-    let metrics = Arc::new(Metrics::new());
+    let published = Published::default();
+    if let Some(address) = config.metrics {
+        metrics_http::serve(address, Arc::clone(&published)).map_err(|e| format!("metrics = \"{address}\": {e}"))?;
+    }
     let hello = Hello {
         magic: MAGIC,
         version: VERSION,
@@ -69,7 +78,6 @@ pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error
     let mut random = [0_u8; 20];
     fill_random(&mut random)?;
     let (ticket, epoch) = split_random(random);
-    let mtu = config.interfaces.iter().filter_map(|i| links::mtu(i).ok()).min().unwrap_or(DEFAULT_MTU);
     log::info!(
         "xo-peerd {} on {}: socket {}, peers {}, interfaces {} ({}), addresses {:?}",
         env!("CARGO_PKG_VERSION"),
@@ -83,7 +91,8 @@ pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error
     let parts = Parts {
         embedded: options.embedded,
         poll: Poll::new()?,
-        metrics,
+        metrics: Metrics::new(),
+        published,
         steer,
         raw: RawSender::new()?,
         diag: TcpLookup::new()?,
@@ -109,32 +118,30 @@ pub fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dyn Error
     Ok(result?)
 }
 
-/// Interfaces and addresses that the configuration leaves open.
-fn complete_addresses(config: &mut Config) -> Result<(), Box<dyn Error>> {
-    let all = links::all_addresses()?;
+/// Fills in the interfaces and addresses that the configuration leaves open; returns the smallest MTU.
+fn complete_addresses(config: &mut Config) -> Result<usize, Box<dyn Error>> {
+    let all = links::addresses()?;
+    let own = config.listen.map(|a| a.ip()).filter(|ip| !ip.is_unspecified());
     if config.interfaces.is_empty() {
-        config.interfaces = match config.listen {
-            Some(a) if !a.ip().is_unspecified() => links::interfaces_of(&[a.ip()])?,
-            _ => all.iter().map(|(name, _)| name.clone()).collect(),
-        };
-        config.interfaces.dedup();
-    }
-    if config.interfaces.is_empty() {
-        return Err("no interface to steer: none is up with a global address".into());
-    }
-    for name in &config.interfaces {
-        for v4 in [true, false] {
-            let has = |ips: &[IpAddr]| ips.iter().any(|ip| ip.is_ipv4() == v4);
-            let own = config.listen.map(|a| a.ip()).filter(|ip| !ip.is_unspecified() && ip.is_ipv4() == v4);
-            let first = || all.iter().find(|(n, ip)| n == name && ip.is_ipv4() == v4).map(|(_, ip)| *ip);
-            if !has(&config.addresses)
-                && let Some(ip) = own.or_else(first)
-            {
-                config.addresses.push(ip);
+        for address in all.iter().filter(|a| own.is_none_or(|ip| ip == a.ip)) {
+            if !config.interfaces.contains(&address.interface) {
+                config.interfaces.push(address.interface.clone());
             }
         }
     }
-    Ok(())
+    if config.interfaces.is_empty() {
+        return Err("no interface to steer: none that is up holds the addresses in use".into());
+    }
+    let steered = || all.iter().filter(|a| config.interfaces.contains(&a.interface));
+    let mtu = steered().map(|a| a.mtu).min().unwrap_or(DEFAULT_MTU);
+    let found: Vec<IpAddr> = own.into_iter().chain(steered().map(|a| a.ip)).collect();
+    for v4 in [true, false] {
+        let fits = |ip: &&IpAddr| ip.is_ipv4() == v4;
+        if config.addresses.iter().find(fits).is_none() {
+            config.addresses.extend(found.iter().find(fits));
+        }
+    }
+    Ok(mtu)
 }
 
 fn listen_local(config: &Config) -> Result<Socket, Box<dyn Error>> {

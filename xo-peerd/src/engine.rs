@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use mio::net::TcpListener;
@@ -28,6 +28,7 @@ use crate::handler::{Acceptor, Spawner, Waiting};
 use crate::host::HostFlow;
 use crate::ipc::Library;
 use crate::metrics::Metrics;
+use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
 use crate::steer::Steer;
 use crate::target::Served;
@@ -69,7 +70,8 @@ pub(crate) enum Timer {
 pub(crate) struct Engine {
     pub(crate) config: Config,
     pub(crate) poll: Poll,
-    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) metrics: Metrics,
+    pub(crate) published: Published,
     pub(crate) steer: Steer,
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
@@ -102,6 +104,7 @@ pub(crate) struct Engine {
     stopping: bool,
     idle_since: Instant,
     last_sweep: Instant,
+    last_published: Instant,
 }
 
 /// What the daemon is made of; see `daemon.rs`.
@@ -109,7 +112,8 @@ pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) embedded: bool,
     pub(crate) poll: Poll,
-    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) metrics: Metrics,
+    pub(crate) published: Published,
     pub(crate) steer: Steer,
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
@@ -138,6 +142,7 @@ impl Engine {
             config: parts.config,
             poll: parts.poll,
             metrics: parts.metrics,
+            published: parts.published,
             steer: parts.steer,
             raw: parts.raw,
             diag: parts.diag,
@@ -167,6 +172,7 @@ impl Engine {
             stopping: false,
             idle_since: now,
             last_sweep: now,
+            last_published: now,
         })
     }
 
@@ -263,6 +269,11 @@ impl Engine {
             self.last_sweep = now;
             self.sweep_hosted();
             self.sweep_served(now);
+        }
+        if self.config.metrics.is_some() && now.duration_since(self.last_published) > Duration::from_secs(1) {
+            self.last_published = now;
+            let text = self.metrics.prometheus(&self.live());
+            *self.published.lock().unwrap_or_else(PoisonError::into_inner) = text;
         }
         if !self.libraries.is_empty() || !self.hosted.is_empty() || !self.served.is_empty() {
             self.idle_since = now;

@@ -32,8 +32,7 @@ const SPAWN_QUEUE: usize = 1024;
 pub(crate) struct Acceptor {
     library: usize,
     serial: u64,
-    /// Address of its listening socket.
-    pub(crate) address: SocketAddr,
+    address: SocketAddr,
     v6only: bool,
     epoll: bool,
 }
@@ -105,7 +104,7 @@ impl Engine {
     }
 
     /// The next process in turn that can accept a connection of this client on this port.
-    pub(crate) fn pick_acceptor(&mut self, port: u16, client: SocketAddr) -> Option<(Place, &Acceptor)> {
+    pub(crate) fn pick_acceptor(&mut self, port: u16, client: SocketAddr) -> Option<(Place, SocketAddr)> {
         let native = |a: &Acceptor| a.address.is_ipv4() == client.is_ipv4();
         let dual = |a: &Acceptor| a.address.is_ipv6() && !a.v6only && client.is_ipv4();
         let n = self.acceptors.len();
@@ -118,7 +117,7 @@ impl Engine {
         self.next_acceptor = found + 1;
         let acceptor = self.acceptors.get(found)?;
         let place = Place::Process { library: (acceptor.library, acceptor.serial), delivery: None };
-        Some((place, acceptor))
+        Some((place, acceptor.address))
     }
 
     /// Gives a live connection to the process it was restored for, or to another that listens there.

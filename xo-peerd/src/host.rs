@@ -219,7 +219,6 @@ impl Engine {
             HostAction::SendBegin => self.send_begin(id),
             HostAction::Redirect(to) => return self.redirect(id, to),
             HostAction::SendHostReady => {
-                flow.peer = self.connection_of(id);
                 self.send_about(id, &PeerMessage::HostReady(id));
                 if let Some(flow) = self.hosted.get_mut(&id) {
                     flow.times.sent_ready = now_ns();

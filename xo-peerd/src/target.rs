@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::FlowKey;
@@ -211,8 +210,8 @@ impl Engine {
                     }
                     return Err(Reason::NoHandler);
                 };
-                let ip = specific(listener.address.ip(), begin.record.client, &self.config.addresses);
-                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.address.is_ipv6(), Some(place))
+                let ip = specific(listener.ip(), begin.record.client, &self.config.addresses);
+                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.is_ipv6(), Some(place))
             }
             HandlerMode::Exec { .. } => {
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

@@ -17,6 +17,7 @@ use crate::config::TlsFiles;
 pub(crate) struct Tls {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    own: CertificateDer<'static>,
 }
 
 /// Why the certificates cannot be used.
@@ -42,6 +43,7 @@ impl Tls {
         let chain = certificates(&files.cert)?;
         let key = PrivateKeyDer::from_pem_file(&files.key)
             .map_err(|e| TlsError::File(files.key.display().to_string(), e.to_string()))?;
+        let own = chain.first().cloned().ok_or_else(|| bad(&"no certificate"))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let versions = [&rustls::version::TLS13];
         let client = ClientConfig::builder_with_provider(Arc::clone(&provider))
@@ -59,7 +61,16 @@ impl Tls {
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(|e| bad(&e))?;
-        Ok(Tls { client: Arc::new(client), server: Arc::new(server) })
+        Ok(Tls { client: Arc::new(client), server: Arc::new(server), own })
+    }
+
+    /// Does our own certificate name this node?
+    pub(crate) fn check_node(&self, node: &str) -> Result<(), TlsError> {
+        if names(&self.own, node) {
+            Ok(())
+        } else {
+            Err(TlsError::Bad(format!("the certificate does not name this node, '{node}'")))
+        }
     }
 
     /// The client's side of a channel to `node`; its certificate must name it.
@@ -80,10 +91,12 @@ impl Tls {
 
 /// Does the certificate that the peer has shown name this node?
 pub(crate) fn peer_is(connection: &Connection, node: &str) -> bool {
-    let (Some([leaf, ..]), Ok(name)) = (connection.peer_certificates(), ServerName::try_from(node)) else {
-        return false;
-    };
-    ParsedCertificate::try_from(leaf).is_ok_and(|c| verify_server_name(&c, &name).is_ok())
+    matches!(connection.peer_certificates(), Some([leaf, ..]) if names(leaf, node))
+}
+
+fn names(certificate: &CertificateDer<'_>, node: &str) -> bool {
+    let Ok(name) = ServerName::try_from(node) else { return false };
+    ParsedCertificate::try_from(certificate).is_ok_and(|c| verify_server_name(&c, &name).is_ok())
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

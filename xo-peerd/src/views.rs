@@ -22,7 +22,7 @@ impl Engine {
     pub(crate) fn live(&self) -> Live {
         let hosted = self.hosted.values().filter(|f| f.state() == HostState::Offloaded).count() as u64;
         let served = self.served.values().filter(|s| s.state() == TargetState::Served).count() as u64;
-        let counters = self.steer.counters().unwrap_or_default();
+        let counters = self.steer.counters();
         Live {
             node: self.config.node.clone(),
             flows_active: hosted + served,
@@ -34,7 +34,6 @@ impl Engine {
             library: self.library_counters(),
             peers: self.peer_views(),
             handlers: self.handler_views(),
-            threads: 1,
         }
     }
 

@@ -38,6 +38,17 @@ pub enum ToDaemon {
         /// Source port of the wake-up connection.
         wake_port: u16,
     },
+    /// An operator's question; answered by packets of JSON text, then the end of the connection.
+    Query(Query),
+}
+
+/// What an operator may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Query {
+    /// Counters and times.
+    Status,
+    /// One entry for each connection offloaded from here or served here.
+    Flows,
 }
 
 /// A request to move a connection.

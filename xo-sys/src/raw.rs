@@ -172,3 +172,257 @@ pub fn getsockopt<T: Copy>(fd: RawFd, level: i32, name: i32, value: &mut T) -> i
     sys!(libc::SYS_getsockopt, fd, level, name, std::ptr::from_mut(value), &raw mut len)?;
     Ok(len as usize)
 }
+
+/// Anonymous private memory of zeroes; pages are made when touched.
+///
+/// # Errors
+/// Of mmap(2).
+pub fn map_private(size: usize) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    sys!(libc::SYS_mmap, 0, size, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0).map(|a| a as *mut u8)
+}
+
+/// A page that reads as zero in a child after fork (`MADV_WIPEONFORK`, Linux 4.14).
+///
+/// # Errors
+/// Of mmap(2) and madvise(2).
+pub fn map_wiped_on_fork() -> io::Result<*mut u8> {
+    const PAGE: usize = 4096;
+    let page = map_private(PAGE)?;
+    // SAFETY: our own mapping.
+    sys!(libc::SYS_madvise, page, PAGE, libc::MADV_WIPEONFORK)?;
+    Ok(page)
+}
+
+/// write(2); what cannot be written is lost.
+pub fn write(fd: RawFd, bytes: &[u8]) {
+    // SAFETY: pointer and length describe `bytes`.
+    let _ = sys!(libc::SYS_write, fd, bytes.as_ptr(), bytes.len());
+}
+
+/// Is the descriptor in non-blocking mode?
+#[must_use]
+pub fn is_nonblocking(fd: RawFd) -> bool {
+    // SAFETY: numbers only.
+    sys!(libc::SYS_fcntl, fd, libc::F_GETFL).is_ok_and(|flags| flags & libc::O_NONBLOCK as usize != 0)
+}
+
+/// Sets or clears O_NONBLOCK.
+///
+/// # Errors
+/// Of fcntl(2).
+pub fn set_nonblocking(fd: RawFd, on: bool) -> io::Result<()> {
+    // SAFETY: numbers only.
+    let flags = sys!(libc::SYS_fcntl, fd, libc::F_GETFL)?;
+    let flag = libc::O_NONBLOCK as usize;
+    // SAFETY: numbers only.
+    sys!(libc::SYS_fcntl, fd, libc::F_SETFL, if on { flags | flag } else { flags & !flag }).map(drop)
+}
+
+/// Sets FD_CLOEXEC to `on`.
+///
+/// # Errors
+/// Of fcntl(2).
+pub fn set_cloexec(fd: RawFd, on: bool) -> io::Result<()> {
+    let flag = if on { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: numbers only.
+    sys!(libc::SYS_fcntl, fd, libc::F_SETFD, flag).map(drop)
+}
+
+/// A close-on-exec duplicate with a number of at least `least`.
+///
+/// # Errors
+/// Of fcntl(2).
+pub fn duplicate_from(fd: RawFd, least: RawFd) -> io::Result<Fd> {
+    // SAFETY: numbers only.
+    sys!(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, least).map(|fd| Fd::new(fd as RawFd))
+}
+
+/// recv(2) with MSG_PEEK added.
+///
+/// # Errors
+/// The kernel's.
+pub fn peek(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
+    let flags = flags | libc::MSG_PEEK;
+    // SAFETY: pointer and length describe `buffer`.
+    sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)
+}
+
+/// Bytes that wait in the receive queue (FIONREAD).
+#[must_use]
+pub fn readable_bytes(fd: RawFd) -> usize {
+    let mut n = 0_i32;
+    // SAFETY: the number lives through the call and may be written.
+    let _ = sys!(libc::SYS_ioctl, fd, libc::FIONREAD, &raw mut n);
+    n.max(0) as usize
+}
+
+/// Waits until the descriptor is readable, or the time is over.
+pub fn wait_readable(fd: RawFd, timeout: Duration) {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let t = libc::timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+    // SAFETY: one pollfd and a time that live through the call; no signal mask.
+    let _ = sys!(libc::SYS_ppoll, &raw mut poll, 1, &raw const t, 0, 8);
+}
+
+/// epoll_ctl(2).
+///
+/// # Errors
+/// The kernel's.
+pub fn epoll_ctl(epoll: RawFd, operation: i32, fd: RawFd, event: &libc::epoll_event) -> io::Result<()> {
+    // SAFETY: the event lives through the call; the kernel only reads it.
+    sys!(libc::SYS_epoll_ctl, epoll, operation, fd, std::ptr::from_ref(event)).map(drop)
+}
+
+/// TCP state of a socket (`tcpi_state`; TCP_ESTABLISHED = 1, TCP_CLOSE_WAIT = 8).
+///
+/// # Errors
+/// Of getsockopt(2).
+pub fn tcp_state(fd: RawFd) -> io::Result<u8> {
+    let mut state = 0_u8;
+    getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut state)?;
+    Ok(state)
+}
+
+/// getsockname(2) for TCP sockets; v4-mapped addresses as IPv4, with whether the socket is AF_INET6.
+///
+/// # Errors
+/// The kernel's; `Unsupported` for other families.
+pub fn local_address(fd: RawFd) -> io::Result<(std::net::SocketAddr, bool)> {
+    crate::tcp_repair::address_of(fd, libc::SYS_getsockname)
+}
+
+/// getpeername(2), likewise.
+///
+/// # Errors
+/// As [`local_address`].
+pub fn peer_address(fd: RawFd) -> io::Result<(std::net::SocketAddr, bool)> {
+    crate::tcp_repair::address_of(fd, libc::SYS_getpeername)
+}
+
+/// geteuid(2).
+#[must_use]
+pub fn effective_user() -> u32 {
+    // SAFETY: no arguments.
+    sys!(libc::SYS_geteuid).map_or(u32::MAX, |id| id as u32)
+}
+
+/// A duplicate with the lowest free number.
+///
+/// # Errors
+/// Of fcntl(2).
+pub fn duplicate_low(fd: RawFd, cloexec: bool) -> io::Result<Fd> {
+    let command = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
+    // SAFETY: numbers only.
+    sys!(libc::SYS_fcntl, fd, command, 0).map(|fd| Fd::new(fd as RawFd))
+}
+
+/// Writes an address as accept(2) does: truncated to `*len`, which then says how long it really is.
+pub fn write_address(
+    address: std::net::SocketAddr,
+    v6_socket: bool,
+    to: *mut libc::sockaddr,
+    len: *mut libc::socklen_t,
+) {
+    let (raw, size) = crate::tcp_repair::RawAddress::new(address, v6_socket || address.is_ipv6());
+    // SAFETY: the application's accept() arguments: `*len` bytes at `to` may be written.
+    unsafe {
+        let room = *len as usize;
+        std::ptr::copy_nonoverlapping((&raw const raw).cast::<u8>(), to.cast::<u8>(), room.min(size));
+        *len = size as libc::socklen_t;
+    }
+}
+
+/// Is this a listening socket (SO_ACCEPTCONN)?
+#[must_use]
+pub fn is_listening(fd: RawFd) -> bool {
+    let mut on = 0_i32;
+    getsockopt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, &mut on).is_ok() && on != 0
+}
+
+/// One more than the highest number a descriptor may have now (RLIMIT_NOFILE).
+#[must_use]
+pub fn descriptor_limit() -> u32 {
+    let mut limit = libc::rlimit { rlim_cur: 1024, rlim_max: 1024 };
+    // SAFETY: the limit lives through the call and may be written.
+    let _ = sys!(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, 0, &raw mut limit);
+    u32::try_from(limit.rlim_cur).unwrap_or(1 << 20).min(1 << 20)
+}
+
+/// A pipe: reading end, writing end; both close-on-exec.
+///
+/// # Errors
+/// Of pipe2(2).
+pub fn pipe() -> io::Result<(Fd, Fd)> {
+    let mut ends = [-1_i32; 2];
+    // SAFETY: two numbers that live through the call and may be written.
+    sys!(libc::SYS_pipe2, &raw mut ends, libc::O_CLOEXEC)?;
+    Ok((Fd::new(ends[0]), Fd::new(ends[1])))
+}
+
+/// `/dev/null`, close-on-exec.
+///
+/// # Errors
+/// Of openat(2).
+pub fn open_null() -> io::Result<Fd> {
+    let flags = libc::O_RDWR | libc::O_CLOEXEC;
+    // SAFETY: a C string constant.
+    sys!(libc::SYS_openat, libc::AT_FDCWD, c"/dev/null".as_ptr(), flags, 0).map(|fd| Fd::new(fd as RawFd))
+}
+
+/// Reads one byte; `None` at the end or on an error.
+#[must_use]
+pub fn read_byte(fd: &Fd) -> Option<u8> {
+    let mut byte = 0_u8;
+    // SAFETY: one byte that lives through the call and may be written.
+    let n = sys!(libc::SYS_read, fd.as_raw_fd(), &raw mut byte, 1).ok()?;
+    (n == 1).then_some(byte)
+}
+
+/// Starts a program as a child of init, in a session of its own: standard input from `null`, standard
+/// output and error as ours, `ready` as descriptor `ready_fd`, all others closed.
+///
+/// # Errors
+/// Of clone(2). Failures in the child show as the end of `ready`'s pipe.
+///
+/// # Safety
+/// `argv` and `envp` end with null and point to C strings; `argv` is not empty.
+pub unsafe fn start_detached(
+    argv: &[*const libc::c_char],
+    envp: &[*const libc::c_char],
+    null: &Fd,
+    ready: &Fd,
+    ready_fd: RawFd,
+) -> io::Result<()> {
+    // SAFETY: fork without a new stack: the child has a copy of everything.
+    let child = sys!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0)?;
+    if child != 0 {
+        let mut status = 0_i32;
+        // SAFETY: waits for the intermediate child only.
+        while matches!(sys!(libc::SYS_wait4, child, &raw mut status, 0, 0),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted)
+        {}
+        return Ok(());
+    }
+    // In the child: system calls only, on memory that the parent prepared.
+    let _ = sys!(libc::SYS_setsid);
+    if sys!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0).is_ok_and(|pid| pid == 0) {
+        // Away from the numbers that are about to be set.
+        let null = sys!(libc::SYS_fcntl, null.as_raw_fd(), libc::F_DUPFD, ready_fd + 1).unwrap_or(0);
+        let ready = sys!(libc::SYS_fcntl, ready.as_raw_fd(), libc::F_DUPFD, ready_fd + 1).unwrap_or(0);
+        let _ = sys!(libc::SYS_dup3, null, 0, 0);
+        let _ = sys!(libc::SYS_dup3, ready, ready_fd, 0);
+        let _ = sys!(libc::SYS_close_range, ready_fd + 1, u32::MAX, 0);
+        let program = argv.first().copied().unwrap_or(std::ptr::null());
+        let _ = sys!(libc::SYS_execve, program, argv.as_ptr(), envp.as_ptr());
+    }
+    let _ = sys!(libc::SYS_exit_group, 1);
+    Ok(())
+}
+
+/// close_range(2).
+pub fn close_range(first: u32, last: u32) {
+    // SAFETY: numbers; closing them is what the caller was asked to do.
+    let _ = sys!(libc::SYS_close_range, first, last, 0);
+}

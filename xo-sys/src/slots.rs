@@ -17,9 +17,11 @@ use crate::raw::{self, Fd};
 
 #[repr(C)]
 struct Slot {
-    state: AtomicU32,
-    generation: AtomicU32,
+    /// State in the lower half, generation in the upper: a verdict on an earlier request cannot hit a later.
+    word: AtomicU32,
 }
+
+const STATE: u32 = 0xffff;
 
 /// Layout of the memory. Every word is an atomic: both sides may write whatever they like at any time.
 #[repr(C)]
@@ -95,24 +97,23 @@ impl SlotTable {
     /// Takes a slot for a request to the daemon: PENDING, with a new generation, which is returned.
     pub fn begin(&self, slot: u32) -> u32 {
         let Some(s) = self.get().slots.get(slot as usize) else { return 0 };
-        let generation = s.generation.load(Ordering::Relaxed).wrapping_add(1);
-        s.generation.store(generation, Ordering::Relaxed);
-        s.state.store(PENDING, Ordering::Release);
+        let generation = (s.word.load(Ordering::Relaxed) | STATE).wrapping_add(1);
+        s.word.store(generation | PENDING, Ordering::Release);
         generation
     }
 
     /// The slot's state word.
     pub fn state(&self, slot: u32) -> u32 {
-        self.get().slots.get(slot as usize).map_or(FREE, |s| s.state.load(Ordering::Acquire))
+        self.get().slots.get(slot as usize).map_or(FREE, |s| s.word.load(Ordering::Acquire) & STATE)
     }
 
     /// Sets the verdict, if the slot still waits for this one, and wakes who waits for it.
-    pub fn decide(&self, slot: u32, generation: u32, word: u32) -> bool {
+    pub fn decide(&self, slot: u32, generation: u32, state: u32) -> bool {
         let Some(s) = self.get().slots.get(slot as usize) else { return false };
-        let decided = s.generation.load(Ordering::Acquire) == generation
-            && s.state.compare_exchange(PENDING, word, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        let (from, to) = (generation & !STATE | PENDING, generation & !STATE | state & STATE);
+        let decided = s.word.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         if decided {
-            raw::futex_wake(&s.state);
+            raw::futex_wake(&s.word);
         }
         decided
     }
@@ -121,18 +122,21 @@ impl SlotTable {
     pub fn wait(&self, slot: u32, timeout: Duration) -> u32 {
         let Some(s) = self.get().slots.get(slot as usize) else { return FREE };
         let mut left = timeout;
-        while s.state.load(Ordering::Acquire) == PENDING && !left.is_zero() {
+        loop {
+            let word = s.word.load(Ordering::Acquire);
+            if word & STATE != PENDING || left.is_zero() {
+                return word & STATE;
+            }
             let began = raw::monotonic();
-            raw::futex_wait(&s.state, PENDING, left);
+            raw::futex_wait(&s.word, word, left);
             left = left.saturating_sub(raw::monotonic().saturating_sub(began));
         }
-        s.state.load(Ordering::Acquire)
     }
 
     /// Gives a slot back.
     pub fn clear(&self, slot: u32) {
         if let Some(s) = self.get().slots.get(slot as usize) {
-            s.state.store(FREE, Ordering::Release);
+            s.word.fetch_and(!STATE, Ordering::AcqRel);
         }
     }
 

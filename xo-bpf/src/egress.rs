@@ -1,0 +1,46 @@
+//! Packets that go out: those of a restored connection carry the host's address as their source.
+
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::HashMap;
+use aya_ebpf::programs::TcContext;
+use xo_bpf_abi::{FlowKey, Path, RewriteEntry};
+
+use crate::count::{add, count};
+use crate::packet::{Direction, NoFlow, parse, rewrite};
+
+#[map]
+static REWRITES: HashMap<FlowKey, RewriteEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+#[classifier]
+pub fn xo_egress(ctx: TcContext) -> i32 {
+    let packet = match parse(&ctx, Direction::ToClient) {
+        Ok(packet) => packet,
+        Err(NoFlow::Unparsed) => {
+            count(Path::Unparsed);
+            return TC_ACT_UNSPEC;
+        }
+        Err(NoFlow::Foreign) => return TC_ACT_UNSPEC,
+    };
+    let Some(entry) = REWRITES.get_ptr_mut(&packet.key) else {
+        count(Path::EgressMiss);
+        return TC_ACT_UNSPEC;
+    };
+    // SAFETY: map values live while the program runs.
+    let entry = unsafe { &mut *entry };
+    let (from, port) = (entry.from_addr, entry.from_port);
+    let length = (ctx.len() as usize).saturating_sub(packet.ip) as u64;
+    // SAFETY: aligned fields of a live map value.
+    unsafe {
+        add(&raw mut entry.packets, 1);
+        add(&raw mut entry.bytes, length);
+        entry.last_ns = bpf_ktime_get_ns();
+    }
+    if rewrite(&ctx, &packet, Direction::ToClient, &from, port).is_err() {
+        count(Path::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    count(Path::Rewritten);
+    TC_ACT_UNSPEC
+}

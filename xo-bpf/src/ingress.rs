@@ -1,0 +1,121 @@
+//! Packets that come in: those of an offloaded connection go on to its target, those of a connection that
+//! is being moved are kept for replay.
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::{
+    bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_redirect_neigh, bpf_skb_load_bytes,
+};
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::{Array, HashMap, RingBuf};
+use aya_ebpf::programs::TcContext;
+use xo_bpf_abi::{Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, HeldHeader, Path};
+
+use crate::count::{add, count};
+use crate::packet::{ACK, Direction, FIN, NoFlow, Packet, RST, SYN, parse, rewrite};
+
+/// Longest packet that is held, bytes from the network header on: a full aggregate.
+const MAX_HELD: u32 = 65_535 + 40;
+const HEADER: usize = size_of::<HeldHeader>();
+
+/// Sizes of maps are set by the daemon at load.
+#[map]
+static FLOWS: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+#[map]
+static HELD: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+
+/// Where a packet is put together for the ring; one for each CPU, chosen by its number (a per-CPU map's
+/// value may not be this long).
+#[repr(C)]
+struct Scratch {
+    bytes: [u8; HEADER + 65_536 + 64],
+}
+
+#[map]
+static SCRATCH: Array<Scratch> = Array::with_max_entries(1, 0);
+
+#[classifier]
+pub fn xo_ingress(ctx: TcContext) -> i32 {
+    match parse(&ctx, Direction::FromClient) {
+        Ok(packet) => steer(&ctx, &packet),
+        Err(NoFlow::Unparsed) => {
+            count(Path::Unparsed);
+            TC_ACT_UNSPEC
+        }
+        Err(NoFlow::Foreign) => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(always)]
+fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
+    let Some(entry) = FLOWS.get_ptr_mut(&packet.key) else {
+        count(Path::IngressMiss);
+        return TC_ACT_UNSPEC;
+    };
+    // SAFETY: map values live while the program runs; `action`, `to_*` and `flow_id` are written by user
+    // space as a whole, and only read here.
+    let entry = unsafe { &mut *entry };
+    if packet.flags & SYN != 0
+        && packet.flags & ACK == 0
+        && entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
+    {
+        // The client has closed that connection and uses its port again: a new connection, for the host.
+        let _ = FLOWS.remove(&packet.key);
+        count(Path::Reused);
+        return TC_ACT_UNSPEC;
+    }
+    let closing = if packet.flags & FIN != 0 { FLAG_CLIENT_FIN } else { 0 }
+        | if packet.flags & RST != 0 { FLAG_CLIENT_RST } else { 0 };
+    let length = (ctx.len() as usize).saturating_sub(packet.ip) as u32;
+    // SAFETY: aligned fields of a live map value.
+    unsafe {
+        if closing != 0 {
+            entry.flags |= closing;
+        }
+        add(&raw mut entry.packets, 1);
+        add(&raw mut entry.bytes, length.into());
+        entry.last_ns = bpf_ktime_get_ns();
+    }
+    if entry.action == Action::Hold as u32 {
+        let kept = hold(ctx, packet, entry.flow_id, length);
+        count(if kept { Path::Held } else { Path::HoldDropped });
+        return TC_ACT_SHOT;
+    }
+    let (to, port) = (entry.to_addr, entry.to_port);
+    if rewrite(ctx, packet, Direction::FromClient, &to, port).is_err() {
+        count(Path::RedirectFailed);
+        return TC_ACT_SHOT;
+    }
+    count(Path::Redirected);
+    // SAFETY: no pointer is passed: the kernel resolves route and neighbour from the packet.
+    unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Copies the packet into the ring.
+#[inline(always)]
+fn hold(ctx: &TcContext, packet: &Packet, flow_id: u64, length: u32) -> bool {
+    if length == 0 || length > MAX_HELD {
+        return false;
+    }
+    // SAFETY: no arguments.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let Some(scratch) = SCRATCH.get_ptr_mut(cpu) else { return false };
+    let header = HeldHeader {
+        key: packet.key,
+        len: length,
+        flow_id,
+        // SAFETY: a field of the program's own context.
+        gso_size: unsafe { (*ctx.skb.skb).gso_size },
+        ip_version: if packet.v6 { 6 } else { 4 },
+    };
+    // SAFETY: the scratch is this CPU's; programs on one CPU do not interrupt each other at this hook; it
+    // holds header and MAX_HELD bytes.
+    unsafe {
+        let bytes = (*scratch).bytes.as_mut_ptr();
+        core::ptr::copy_nonoverlapping((&raw const header).cast::<u8>(), bytes, HEADER);
+        if bpf_skb_load_bytes(ctx.as_ptr(), packet.ip as u32, bytes.add(HEADER).cast(), length) != 0 {
+            return false;
+        }
+        HELD.output::<[u8]>(core::slice::from_raw_parts(bytes, HEADER + length as usize), 0).is_ok()
+    }
+}

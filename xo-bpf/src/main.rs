@@ -1,0 +1,21 @@
+//! XO's eBPF programs: ingress steering on the host, source rewrite on the target. Both are attached on
+//! every machine; which of them finds entries in its map is the daemon's business.
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "atomic addition, which core does not offer on this target")]
+#![no_std]
+#![no_main]
+
+mod count;
+mod egress;
+mod ingress;
+mod packet;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

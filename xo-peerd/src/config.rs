@@ -1,0 +1,370 @@
+//! `peerd.toml`.
+
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use serde::Deserialize;
+use toml::Spanned;
+use xo_proto::policy::{Policy, position};
+
+/// Where the daemon listens for libraries by default.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
+/// Where the embedded daemon takes its certificates from.
+const DEFAULT_TLS: &str = "/etc/xo";
+
+/// A problem in a configuration or policy file: `FILE:LINE:COLUMN: message`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct ConfigError(String);
+
+/// The daemon's configuration, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// This machine's name among its peers.
+    pub(crate) node: String,
+    /// Address for other daemons; a machine that is never a target needs none.
+    pub(crate) listen: Option<SocketAddr>,
+    /// Unix socket for libraries and `xo-peerd status`.
+    pub(crate) socket: PathBuf,
+    /// Interfaces to steer; empty: those that hold the addresses in use.
+    pub(crate) interfaces: Vec<String>,
+    /// Addresses that restored sockets are bound to; one of each family is used.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Where Prometheus text is served at /metrics.
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Certificates of the peer channel.
+    pub(crate) tls: Option<TlsFiles>,
+    /// The peer channel is plain TCP without authentication.
+    pub(crate) insecure: bool,
+    /// Users whose processes may use the daemon, besides root and descendants of root's servers.
+    pub(crate) users: Vec<u32>,
+    /// Who serves the connections that come here.
+    pub(crate) handlers: Vec<Handler>,
+    /// Time limits of hand-offs.
+    pub(crate) handoff: Handoff,
+    /// Sizes of the steering tables.
+    pub(crate) steering: Steering,
+}
+
+/// PEM files.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TlsFiles {
+    /// The cluster's CA.
+    pub(crate) ca: PathBuf,
+    /// This node's certificate.
+    pub(crate) cert: PathBuf,
+    /// Its key.
+    pub(crate) key: PathBuf,
+}
+
+/// A named way to serve connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Handler {
+    /// The name that rules use.
+    pub(crate) name: String,
+    /// How.
+    pub(crate) mode: HandlerMode,
+}
+
+/// How connections are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum HandlerMode {
+    /// By the running server that listens on this port under the library.
+    Attach {
+        /// The port.
+        port: u16,
+    },
+    /// By one process for each connection, the socket on its descriptors 0 and 1.
+    Exec {
+        /// Program and arguments.
+        command: Vec<String>,
+    },
+}
+
+/// Time limits.
+#[derive(Clone, Debug)]
+pub(crate) struct Handoff {
+    /// From `BEGIN_OFFLOAD` to `TARGET_READY`.
+    pub(crate) timeout: Duration,
+    /// For a connection to a target that is not connected yet.
+    pub(crate) connect_timeout: Duration,
+    /// Busy polling after a message while a hand-off is under way.
+    pub(crate) spin: Duration,
+}
+
+/// Table sizes.
+#[derive(Clone, Debug)]
+pub(crate) struct Steering {
+    /// Entries in the flow table, and in the rewrite table.
+    pub(crate) max_flows: u32,
+    /// Room for held packets, bytes; a power of two.
+    pub(crate) hold_bytes: u32,
+}
+
+impl Default for Handoff {
+    fn default() -> Self {
+        Handoff {
+            timeout: Duration::from_millis(100),
+            connect_timeout: Duration::from_millis(500),
+            spin: Duration::from_micros(60),
+        }
+    }
+}
+
+impl Default for Steering {
+    fn default() -> Self {
+        Steering { max_flows: 65_536, hold_bytes: 4 << 20 }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    node: Spanned<String>,
+    listen: Option<SocketAddr>,
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    interfaces: Vec<Spanned<String>>,
+    #[serde(default)]
+    addresses: Vec<IpAddr>,
+    policy: Option<Spanned<PathBuf>>,
+    metrics: Option<SocketAddr>,
+    tls: Option<Spanned<TlsFiles>>,
+    #[serde(default)]
+    insecure: bool,
+    #[serde(default)]
+    users: Vec<Spanned<String>>,
+    #[serde(default)]
+    handler: Vec<Spanned<FileHandler>>,
+    #[serde(default)]
+    handoff: FileHandoff,
+    #[serde(default)]
+    steering: FileSteering,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileHandler {
+    name: Spanned<String>,
+    mode: Mode,
+    port: Option<u16>,
+    command: Option<Spanned<Vec<String>>>,
+}
+
+#[derive(Deserialize, Clone, Copy, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Attach,
+    Exec,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct FileHandoff {
+    timeout_ms: Option<u32>,
+    connect_timeout_ms: Option<u32>,
+    spin_us: Option<u32>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct FileSteering {
+    max_flows: Option<Spanned<u32>>,
+    hold_bytes: Option<Spanned<u32>>,
+}
+
+impl Config {
+    /// Reads and checks a configuration file, and the policy file that it names.
+    ///
+    /// # Errors
+    /// With file, line and column.
+    pub(crate) fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = read(path)?;
+        let fail = |offset: usize, message: String| {
+            let (line, column) = position(&text, offset);
+            ConfigError(format!("{}:{line}:{column}: {message}", path.display()))
+        };
+        let file: File = toml::from_str(&text).map_err(|e| {
+            let offset = e.span().map_or(0, |s| s.start);
+            fail(offset, e.message().lines().next().unwrap_or("not TOML").to_owned())
+        })?;
+        let config = file.checked(&fail)?;
+        Ok(config)
+    }
+
+    /// The configuration of a daemon that a server's library starts: a host, no target.
+    #[must_use]
+    pub(crate) fn embedded(socket: PathBuf, insecure: bool) -> Config {
+        let node = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let directory = Path::new(DEFAULT_TLS);
+        let tls = TlsFiles {
+            ca: directory.join("ca.pem"),
+            cert: directory.join("node.pem"),
+            key: directory.join("node.key"),
+        };
+        Config {
+            node: node.trim().to_owned(),
+            listen: None,
+            socket,
+            interfaces: Vec::new(),
+            addresses: Vec::new(),
+            metrics: None,
+            tls: (!insecure).then_some(tls),
+            insecure,
+            users: Vec::new(),
+            handlers: Vec::new(),
+            handoff: Handoff::default(),
+            steering: Steering::default(),
+        }
+    }
+}
+
+type Fail<'f> = &'f dyn Fn(usize, String) -> ConfigError;
+
+impl File {
+    fn checked(self, fail: Fail<'_>) -> Result<Config, ConfigError> {
+        if !is_node_name(self.node.get_ref()) {
+            let message = format!("node `{}`: letters, digits, `-` and `.` make a name", self.node.get_ref());
+            return Err(fail(self.node.span().start, message));
+        }
+        for name in &self.interfaces {
+            if !Path::new("/sys/class/net").join(name.get_ref()).exists() {
+                return Err(fail(name.span().start, format!("no interface `{}`", name.get_ref())));
+            }
+        }
+        if let Some(policy) = &self.policy {
+            check_policy(policy, fail)?;
+        }
+        if self.tls.is_none() && !self.insecure {
+            let message = "neither [tls] nor `insecure = true`: peers could not be authenticated";
+            return Err(fail(0, message.into()));
+        }
+        if let Some(tls) = self.tls.as_ref().filter(|_| self.insecure) {
+            return Err(fail(tls.span().start, "[tls] has no effect with `insecure = true`".into()));
+        }
+        let mut names = HashSet::new();
+        let mut handlers = Vec::new();
+        for handler in self.handler {
+            let (start, handler) = (handler.span().start, handler.into_inner());
+            if !names.insert(handler.name.get_ref().clone()) {
+                let message = format!("a second handler `{}`", handler.name.get_ref());
+                return Err(fail(handler.name.span().start, message));
+            }
+            handlers.push(handler.checked(start, fail)?);
+        }
+        let users = self.users.iter().map(|name| {
+            user_id(name.get_ref())
+                .ok_or_else(|| fail(name.span().start, format!("no user `{}`", name.get_ref())))
+        });
+        Ok(Config {
+            users: users.collect::<Result<_, _>>()?,
+            node: self.node.into_inner(),
+            listen: self.listen,
+            socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
+            interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
+            addresses: self.addresses,
+            metrics: self.metrics,
+            tls: self.tls.map(Spanned::into_inner),
+            insecure: self.insecure,
+            handlers,
+            handoff: self.handoff.checked(),
+            steering: self.steering.checked(fail)?,
+        })
+    }
+}
+
+impl FileHandler {
+    fn checked(self, start: usize, fail: Fail<'_>) -> Result<Handler, ConfigError> {
+        let mode = match (self.mode, self.port, self.command) {
+            (Mode::Attach, Some(port), None) if port != 0 => HandlerMode::Attach { port },
+            (Mode::Attach, _, None) => return Err(fail(start, "mode `attach` needs a `port`".into())),
+            (Mode::Exec, None, Some(command)) => {
+                let at = command.span().start;
+                let command = command.into_inner();
+                let program = command.first().map(Path::new);
+                if !program.is_some_and(|p| p.is_absolute() && p.exists()) {
+                    return Err(fail(at, "`command` begins with the absolute path of a program".into()));
+                }
+                HandlerMode::Exec { command }
+            }
+            (Mode::Exec, _, None) => return Err(fail(start, "mode `exec` needs a `command`".into())),
+            (Mode::Attach, _, Some(command)) => {
+                return Err(fail(command.span().start, "mode `attach` has no `command`".into()));
+            }
+            (Mode::Exec, Some(_), _) => return Err(fail(start, "mode `exec` has no `port`".into())),
+        };
+        Ok(Handler { name: self.name.into_inner(), mode })
+    }
+}
+
+impl FileHandoff {
+    fn checked(self) -> Handoff {
+        let default = Handoff::default();
+        let ms = |n: Option<u32>, d| n.map_or(d, |n| Duration::from_millis(n.into()));
+        Handoff {
+            timeout: ms(self.timeout_ms, default.timeout),
+            connect_timeout: ms(self.connect_timeout_ms, default.connect_timeout),
+            spin: self.spin_us.map_or(default.spin, |n| Duration::from_micros(n.into())),
+        }
+    }
+}
+
+impl FileSteering {
+    fn checked(self, fail: Fail<'_>) -> Result<Steering, ConfigError> {
+        let mut steering = Steering::default();
+        if let Some(n) = self.max_flows {
+            if *n.get_ref() == 0 {
+                return Err(fail(n.span().start, "max_flows is at least 1".into()));
+            }
+            steering.max_flows = n.into_inner();
+        }
+        if let Some(n) = self.hold_bytes {
+            if !n.get_ref().is_power_of_two() || *n.get_ref() < 1 << 17 {
+                return Err(fail(n.span().start, "hold_bytes is a power of two, at least 131072".into()));
+            }
+            steering.hold_bytes = n.into_inner();
+        }
+        Ok(steering)
+    }
+}
+
+/// Reads a policy file and checks it; the error has the policy file's own position.
+///
+/// # Errors
+/// As [`Config::load`].
+pub(crate) fn load_policy(path: &Path) -> Result<Policy, ConfigError> {
+    Policy::parse(&read(path)?).map_err(|e| ConfigError(format!("{}:{e}", path.display())))
+}
+
+fn check_policy(path: &Spanned<PathBuf>, fail: Fail<'_>) -> Result<(), ConfigError> {
+    if let Err(e) = fs::metadata(path.get_ref()) {
+        return Err(fail(path.span().start, format!("policy {}: {e}", path.get_ref().display())));
+    }
+    load_policy(path.get_ref()).map(drop)
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(path).map_err(|e: io::Error| ConfigError(format!("{}: {e}", path.display())))
+}
+
+/// A DNS name, since certificates carry it as one.
+fn is_node_name(name: &str) -> bool {
+    let label = |l: &str| !l.is_empty() && l.len() <= 63 && !l.starts_with('-') && !l.ends_with('-');
+    name.len() <= 253
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.')
+        && name.split('.').all(label)
+}
+
+fn user_id(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: a C string; the result is read at once, and only one thread runs at this time.
+    unsafe { libc::getpwnam(name.as_ptr()).as_ref().map(|user| user.pw_uid) }
+}
+
+#[cfg(test)]
+mod tests;

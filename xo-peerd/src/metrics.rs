@@ -1,0 +1,307 @@
+//! Counters and hand-off times.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use hdrhistogram::Histogram;
+use serde_json::{Map, Value, json};
+use xo_proto::reason::{ALL, REASONS, Reason};
+
+/// Times of one hand-off, ns, as `status` shows them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Steps {
+    /// From the library's decision to the daemon's receipt.
+    pub(crate) queue_ns: u64,
+    /// HOLD entry.
+    pub(crate) block_ns: u64,
+    /// Dump of the TCP state.
+    pub(crate) dump_ns: u64,
+    /// `BEGIN_OFFLOAD` sent to `TARGET_READY` received; includes the next two.
+    pub(crate) transfer_ns: u64,
+    /// Restore, at the target.
+    pub(crate) restore_ns: u64,
+    /// Source rewrite entry, at the target.
+    pub(crate) rewrite_ns: u64,
+    /// Held packets replayed, HOLD turned into REDIRECT.
+    pub(crate) redirect_ns: u64,
+    /// From there to the handler having the socket.
+    pub(crate) ready_ns: u64,
+    /// Decision to handler.
+    pub(crate) total_ns: u64,
+}
+
+impl Steps {
+    fn named(&self) -> [(&'static str, u64); STEPS] {
+        [
+            ("queue", self.queue_ns),
+            ("block", self.block_ns),
+            ("dump", self.dump_ns),
+            ("transfer", self.transfer_ns),
+            ("restore", self.restore_ns),
+            ("rewrite", self.rewrite_ns),
+            ("redirect", self.redirect_ns),
+            ("ready", self.ready_ns),
+            ("total", self.total_ns),
+        ]
+    }
+}
+
+const STEPS: usize = 9;
+
+/// A peer, for `status`.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerView {
+    /// Node name.
+    pub(crate) name: String,
+    /// Peer address, if we dialled it.
+    pub(crate) address: String,
+    /// "connected", "away" or "greeting".
+    pub(crate) state: String,
+}
+
+/// What the engine knows at the moment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Live {
+    /// Node name.
+    pub(crate) node: String,
+    /// Connections offloaded from here or served here.
+    pub(crate) flows_active: u64,
+    /// Of these, offloaded from here.
+    pub(crate) flows_hosted: u64,
+    /// Of these, served here.
+    pub(crate) flows_served: u64,
+    /// "tcx" or "clsact".
+    pub(crate) steering_mode: String,
+    /// Entries in the flow and rewrite tables.
+    pub(crate) flow_entries: u64,
+    /// Packets by path.
+    pub(crate) counters: Vec<(String, u64)>,
+    /// What libraries counted.
+    pub(crate) library: Vec<(String, u64)>,
+    /// Peers.
+    pub(crate) peers: Vec<PeerView>,
+    /// Connections served, by handler.
+    pub(crate) handlers: Vec<(String, u64)>,
+}
+
+/// The daemon's own counters.
+pub(crate) struct Metrics {
+    offloads: AtomicU64,
+    accepted: AtomicU64,
+    held: AtomicU64,
+    refused: [AtomicU64; REASONS],
+    failed: [AtomicU64; REASONS],
+    times: Mutex<Vec<Histogram<u64>>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // Up to 60 s with three significant digits; the bounds are constants that the library accepts.
+        let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3).ok();
+        Metrics {
+            offloads: AtomicU64::new(0),
+            accepted: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            refused: std::array::from_fn(|_| AtomicU64::new(0)),
+            failed: std::array::from_fn(|_| AtomicU64::new(0)),
+            times: Mutex::new(histogram.map(|h| vec![h; STEPS]).unwrap_or_default()),
+        }
+    }
+}
+
+impl Metrics {
+    /// All zero.
+    #[must_use]
+    pub(crate) fn new() -> Metrics {
+        Metrics::default()
+    }
+
+    /// A connection left.
+    pub(crate) fn offload(&self, steps: &Steps) {
+        self.offloads.fetch_add(1, Ordering::Relaxed);
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        for (histogram, (_, ns)) in times.iter_mut().zip(steps.named()) {
+            histogram.saturating_record(ns);
+        }
+    }
+
+    /// A connection of another host was handed to a handler here.
+    pub(crate) fn accepted(&self) {
+        self.accepted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A hand-off did not take place; the host served the request.
+    pub(crate) fn refused(&self, reason: Reason) {
+        if let Some(counter) = self.refused.get(reason as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A connection was lost.
+    pub(crate) fn failed(&self, reason: Reason) {
+        if let Some(counter) = self.failed.get(reason as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// So many packets were held for replay.
+    pub(crate) fn held(&self, packets: u64) {
+        self.held.fetch_add(packets, Ordering::Relaxed);
+    }
+
+    /// `xo-peerd status --json`.
+    #[must_use]
+    pub(crate) fn status_json(&self, live: &Live) -> String {
+        let load = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let (refused, refused_total) = by_reason(&self.refused);
+        let (failed, failed_total) = by_reason(&self.failed);
+        let peers: Vec<Value> = live
+            .peers
+            .iter()
+            .map(|p| json!({"node": p.name, "address": p.address, "state": p.state}))
+            .collect();
+        json!({
+            "node": live.node,
+            "version": env!("CARGO_PKG_VERSION"),
+            "flows_active": live.flows_active,
+            "flows_hosted": live.flows_hosted,
+            "flows_served": live.flows_served,
+            "offloads_total": load(&self.offloads),
+            "accepted_total": load(&self.accepted),
+            "returns_total": 0,
+            "refused_total": refused_total,
+            "refused_by_reason": refused,
+            "failed_total": failed_total,
+            "failed_by_reason": failed,
+            "held_packets_total": load(&self.held),
+            "handoff_us": self.times_json(),
+            "steering": {
+                "mode": live.steering_mode,
+                "hardware": false,
+                "flow_entries": live.flow_entries,
+                "queue_depth": 0,
+                "queue_cancelled": 0,
+                "packets": object(&live.counters),
+            },
+            "library": object(&live.library),
+            "handlers": object(&live.handlers),
+            "peers": peers,
+        })
+        .to_string()
+    }
+
+    fn times_json(&self) -> Value {
+        let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        let us = |ns: u64| json!((ns as f64 / 100.0).round() / 10.0);
+        let at = |h: &Histogram<u64>, q| if h.is_empty() { json!(0) } else { us(h.value_at_quantile(q)) };
+        let mut all = Map::new();
+        for (histogram, (name, _)) in times.iter().zip(Steps::default().named()) {
+            let (p50, p99) = (at(histogram, 0.5), at(histogram, 0.99));
+            if name == "total" {
+                all.insert("samples".into(), json!(histogram.len()));
+                all.insert("p50".into(), p50);
+                all.insert("p99".into(), p99);
+                all.insert("max".into(), if histogram.is_empty() { json!(0) } else { us(histogram.max()) });
+            } else {
+                all.insert(name.into(), json!({"p50": p50, "p99": p99}));
+            }
+        }
+        Value::Object(all)
+    }
+
+    /// Prometheus text format 0.0.4.
+    #[must_use]
+    pub(crate) fn prometheus(&self, live: &Live) -> String {
+        let mut text = String::new();
+        let load = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let mut metric = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {
+            text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+            for (labels, value) in samples {
+                text.push_str(&format!("{name}{labels} {value}\n"));
+            }
+        };
+        let one = |n: u64| vec![(String::new(), n as f64)];
+        let labelled = |label: &str, all: &[(String, u64)]| -> Vec<(String, f64)> {
+            all.iter().map(|(name, n)| (format!("{{{label}=\"{name}\"}}"), *n as f64)).collect()
+        };
+        let reasons = |all: &[AtomicU64]| -> Vec<(String, u64)> {
+            ALL.iter().zip(all).map(|(r, n)| (r.name().to_owned(), load(n))).collect()
+        };
+        metric("xo_offloads_total", "counter", "Connections handed over.", &one(load(&self.offloads)));
+        metric("xo_accepted_total", "counter", "Connections taken over.", &one(load(&self.accepted)));
+        let refused = reasons(&self.refused);
+        metric("xo_refused_total", "counter", "Hand-offs not made, by reason.", &labelled("reason", &refused));
+        let failed = reasons(&self.failed);
+        metric("xo_failed_total", "counter", "Connections lost, by reason.", &labelled("reason", &failed));
+        metric("xo_held_packets_total", "counter", "Packets held and replayed.", &one(load(&self.held)));
+        let flows = [("hosted".to_owned(), live.flows_hosted), ("served".to_owned(), live.flows_served)];
+        metric("xo_flows", "gauge", "Connections offloaded from here, served here.", &labelled("role", &flows));
+        metric("xo_flow_entries", "gauge", "Entries in the steering tables.", &one(live.flow_entries));
+        metric("xo_packets_total", "counter", "Packets by path.", &labelled("path", &live.counters));
+        metric("xo_library_total", "counter", "What libraries counted.", &labelled("event", &live.library));
+        metric("xo_handler_flows", "gauge", "Connections served, by handler.", &labelled("handler", &live.handlers));
+        let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut samples = Vec::new();
+        for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
+            for q in [0.5, 0.9, 0.99] {
+                let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
+                samples.push((format!("{{step=\"{name}\",quantile=\"{q}\"}}"), seconds));
+            }
+        }
+        metric("xo_handoff_seconds", "gauge", "Hand-off time by step.", &samples);
+        text
+    }
+}
+
+fn by_reason(counters: &[AtomicU64; REASONS]) -> (Value, u64) {
+    let counts: Vec<(String, u64)> = ALL
+        .iter()
+        .zip(counters)
+        .map(|(r, c)| (r.name().to_owned(), c.load(Ordering::Relaxed)))
+        .filter(|(_, n)| *n > 0)
+        .collect();
+    (object(&counts), counts.iter().map(|(_, n)| n).sum())
+}
+
+fn object(pairs: &[(String, u64)]) -> Value {
+    Value::Object(pairs.iter().map(|(name, n)| (name.clone(), json!(n))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_promised_keys_are_there() {
+        let metrics = Metrics::new();
+        metrics.offload(&Steps { queue_ns: 1000, total_ns: 50_000, ..Steps::default() });
+        metrics.refused(Reason::NoHandler);
+        let live = Live { node: "t1".into(), flow_entries: 3, steering_mode: "tcx".into(), ..Live::default() };
+        let v: Value = serde_json::from_str(&metrics.status_json(&live)).expect("JSON");
+        for key in ["node", "flows_active", "offloads_total", "returns_total", "refused_total", "failed_total"] {
+            assert!(v.get(key).is_some(), "{key}");
+        }
+        for key in ["mode", "hardware", "flow_entries", "queue_depth", "queue_cancelled"] {
+            assert!(v["steering"].get(key).is_some(), "{key}");
+        }
+        assert_eq!((&v["refused_total"], &v["refused_by_reason"]["no_handler"]), (&json!(1), &json!(1)));
+        let total = v["handoff_us"]["p50"].as_f64().expect("a number");
+        assert!((49.9..50.2).contains(&total), "{total}");
+        assert_eq!(v["handoff_us"]["samples"], 1);
+        for step in ["queue", "block", "dump", "transfer", "restore", "rewrite", "redirect", "ready"] {
+            assert!(v["handoff_us"][step]["p99"].is_number(), "{step}");
+        }
+    }
+
+    #[test]
+    fn prometheus_text_is_well_formed() {
+        let metrics = Metrics::new();
+        metrics.refused(Reason::TableFull);
+        let text = metrics.prometheus(&Live::default());
+        assert!(text.contains("\nxo_refused_total{reason=\"table_full\"} 1\n"), "{text}");
+        for line in text.lines().filter(|l| !l.starts_with('#')) {
+            let (name, value) = line.rsplit_once(' ').expect("name and value");
+            assert!(name.starts_with("xo_") && value.parse::<f64>().is_ok(), "{line}");
+        }
+    }
+}

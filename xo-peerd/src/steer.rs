@@ -1,0 +1,285 @@
+//! Packet steering: the BPF programs, their attachment, their maps.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
+use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use xo_bpf_abi::{
+    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader, INGRESS_PROGRAM,
+    PATHS, REWRITES_MAP, RewriteEntry,
+};
+
+/// Built by scripts/build-bpf.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../xo-bpf/obj/xo.bpf.o"));
+
+/// `BPF_NOEXIST`: insert only.
+const NO_EXIST: u64 = 1;
+
+/// Why steering failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SteerError {
+    /// The table has no room.
+    #[error("the table is full")]
+    Full,
+    /// Another flow has this entry.
+    #[error("the entry belongs to another flow")]
+    Exists,
+    /// The programs cannot be loaded.
+    #[error("loading the BPF programs: {0}")]
+    Load(String),
+    /// The programs cannot be attached.
+    #[error("interface {0}: {1}")]
+    Attach(String, String),
+    /// The kernel refused a map operation.
+    #[error("BPF map: {0}")]
+    Map(#[from] MapError),
+}
+
+/// The loaded programs. Dropping it detaches them: packets then go where they went before.
+pub(crate) struct Steer {
+    flows: HashMap<MapData, FlowKey, FlowEntry>,
+    rewrites: HashMap<MapData, FlowKey, RewriteEntry>,
+    held: RingBuf<MapData>,
+    counters: PerCpuArray<MapData, u64>,
+    entries: usize,
+    mode: &'static str,
+    _programs: Ebpf,
+}
+
+impl Steer {
+    /// Loads the programs and attaches them to the interfaces, first in order: by TCX, or by clsact on
+    /// kernels before 6.6. `max_flows` sizes both tables, `ring_bytes` (a power of two, whole pages) the ring of
+    /// held packets.
+    pub(crate) fn load(interfaces: &[String], max_flows: u32, ring_bytes: u32) -> Result<Steer, SteerError> {
+        let mut programs = load_object(max_flows, ring_bytes)?;
+        let mut mode = "tcx";
+        for (name, hook) in
+            [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
+        {
+            let program = classifier(&mut programs, name)?;
+            program.load().map_err(|e| SteerError::Load(chain(&e)))?;
+            for interface in interfaces {
+                if !attach(program, interface, hook)? {
+                    mode = "clsact";
+                }
+            }
+        }
+        Ok(Steer {
+            flows: HashMap::try_from(map(&mut programs, FLOWS_MAP)?)?,
+            rewrites: HashMap::try_from(map(&mut programs, REWRITES_MAP)?)?,
+            held: RingBuf::try_from(map(&mut programs, HELD_MAP)?)?,
+            counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
+            entries: 0,
+            mode,
+            _programs: programs,
+        })
+    }
+
+    /// Keeps the flow's packets from the local stack and for [`Steer::drain_held`].
+    pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
+        let entry = flow_entry(Action::Hold, flow_id, [0; 16], 0);
+        insert(&mut self.flows, key, &entry, NO_EXIST)?;
+        self.entries += 1;
+        Ok(())
+    }
+
+    /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
+    pub(crate) fn redirect(&mut self, key: &FlowKey, flow_id: u64, to: SocketAddr) -> Result<(), SteerError> {
+        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
+            return Err(SteerError::Exists);
+        }
+        let entry = flow_entry(Action::Redirect, flow_id, mapped(to.ip()), to.port().to_be());
+        insert(&mut self.flows, key, &entry, 0)
+    }
+
+    /// Removes the flow's entry if it is still this flow's.
+    pub(crate) fn remove_flow(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
+        self.entries = self.entries.saturating_sub(1);
+        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
+            return Ok(false);
+        }
+        remove(&mut self.flows, key)
+    }
+
+    /// The flow's entry.
+    pub(crate) fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
+        self.flows.get(key, 0).ok()
+    }
+
+    /// Gives packets of a restored connection the host's source address.
+    pub(crate) fn rewrite(&mut self, key: &FlowKey, flow_id: u64, from: SocketAddr) -> Result<(), SteerError> {
+        let entry = RewriteEntry {
+            flow_id,
+            packets: 0,
+            bytes: 0,
+            last_ns: 0,
+            from_addr: mapped(from.ip()),
+            from_port: from.port().to_be(),
+            pad: [0; 6],
+        };
+        insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
+        self.entries += 1;
+        Ok(())
+    }
+
+    /// Removes the rewrite if it is still this flow's.
+    pub(crate) fn remove_rewrite(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
+        self.entries = self.entries.saturating_sub(1);
+        if self.rewrite_entry(key).is_none_or(|e| e.flow_id != flow_id) {
+            return Ok(false);
+        }
+        remove(&mut self.rewrites, key)
+    }
+
+    /// The flow's rewrite.
+    pub(crate) fn rewrite_entry(&self, key: &FlowKey) -> Option<RewriteEntry> {
+        self.rewrites.get(key, 0).ok()
+    }
+
+    /// Gives out what the ring holds, oldest first. No system call.
+    pub(crate) fn drain_held(&mut self, out: &mut dyn FnMut(&HeldHeader, &[u8])) {
+        while let Some(item) = self.held.next() {
+            let Some((header, packet)) = item.split_at_checked(size_of::<HeldHeader>()) else { continue };
+            // SAFETY: as many bytes as the type has; it is plain data, and read_unaligned asks no alignment.
+            let header = unsafe { header.as_ptr().cast::<HeldHeader>().read_unaligned() };
+            if let Some(packet) = packet.get(..header.len as usize) {
+                out(&header, packet);
+            }
+        }
+    }
+
+    /// Entries in both tables.
+    pub(crate) fn flow_entries(&self) -> usize {
+        self.entries
+    }
+
+    /// Packets by path, summed over CPUs.
+    pub(crate) fn counters(&self) -> [u64; PATHS as usize] {
+        let mut all = [0; PATHS as usize];
+        for (path, sum) in (0..).zip(&mut all) {
+            *sum = self.counters.get(&path, 0).map_or(0, |cpus| cpus.iter().sum());
+        }
+        all
+    }
+
+    /// How the programs are attached.
+    pub(crate) fn mode(&self) -> &'static str {
+        self.mode
+    }
+}
+
+/// The key of a connection, seen from this machine.
+pub(crate) fn flow_key(remote: SocketAddr, local: SocketAddr) -> FlowKey {
+    FlowKey {
+        remote: mapped(remote.ip()),
+        local: mapped(local.ip()),
+        remote_port: remote.port().to_be(),
+        local_port: local.port().to_be(),
+    }
+}
+
+fn mapped(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+fn flow_entry(action: Action, flow_id: u64, to_addr: [u8; 16], to_port: u16) -> FlowEntry {
+    FlowEntry {
+        flow_id,
+        packets: 0,
+        bytes: 0,
+        last_ns: 0,
+        action: action as u32,
+        flags: 0,
+        to_addr,
+        to_port,
+        pad: [0; 6],
+    }
+}
+
+fn load_object(max_flows: u32, ring_bytes: u32) -> Result<Ebpf, SteerError> {
+    let cpus = aya::util::nr_cpus().map_or(1, |n| n as u32);
+    EbpfLoader::new()
+        .map_max_entries(FLOWS_MAP, max_flows)
+        .map_max_entries(REWRITES_MAP, max_flows)
+        .map_max_entries(HELD_MAP, ring_bytes)
+        .map_max_entries("SCRATCH", cpus)
+        .load(OBJECT)
+        .map_err(|e| SteerError::Load(chain(&e)))
+}
+
+fn classifier<'e>(programs: &'e mut Ebpf, name: &str) -> Result<&'e mut SchedClassifier, SteerError> {
+    let program = programs.program_mut(name).ok_or_else(|| SteerError::Load(format!("no program {name}")))?;
+    program.try_into().map_err(|e: ProgramError| SteerError::Load(e.to_string()))
+}
+
+fn map(programs: &mut Ebpf, name: &str) -> Result<aya::maps::Map, SteerError> {
+    programs.take_map(name).ok_or_else(|| SteerError::Load(format!("no map {name}")))
+}
+
+/// Returns whether it was TCX.
+fn attach(program: &mut SchedClassifier, interface: &str, hook: TcAttachType) -> Result<bool, SteerError> {
+    let tcx = TcAttachOptions::TcxOrder(LinkOrder::first());
+    if program.attach_with_options(interface, hook, tcx).is_ok() {
+        return Ok(true);
+    }
+    // EEXIST: somebody else's clsact does as well; what really is wrong, the attachment tells.
+    let _ = qdisc_add_clsact(interface);
+    program
+        .attach_with_options(interface, hook, TcAttachOptions::Netlink(NlOptions::default()))
+        .map(|_| false)
+        .map_err(|e| SteerError::Attach(interface.to_owned(), chain(&e)))
+}
+
+fn insert<V: aya::Pod>(
+    map: &mut HashMap<MapData, FlowKey, V>,
+    key: &FlowKey,
+    value: &V,
+    flags: u64,
+) -> Result<(), SteerError> {
+    map.insert(key, value, flags).map_err(|e| match errno(&e) {
+        Some(libc::E2BIG | libc::ENOMEM) => SteerError::Full,
+        Some(libc::EEXIST) => SteerError::Exists,
+        _ => e.into(),
+    })
+}
+
+fn remove<V: aya::Pod>(map: &mut HashMap<MapData, FlowKey, V>, key: &FlowKey) -> Result<bool, SteerError> {
+    match map.remove(key) {
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(e) if errno(&e) == Some(libc::ENOENT) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn errno(e: &MapError) -> Option<i32> {
+    let source: &dyn std::error::Error = e;
+    let mut next = Some(source);
+    while let Some(e) = next {
+        if let Some(io) = e.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        next = e.source();
+    }
+    None
+}
+
+/// An error with its causes, on one line.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(e) = next {
+        text = format!("{text}: {e}");
+        next = e.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,214 @@
+//! At a request's boundary: look at the head without taking it, and decide.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
+use xo_proto::ipc::Offload;
+use xo_proto::policy::Decision;
+use xo_proto::reason::Reason;
+use xo_proto::slot::{Counter, GONE, PENDING, stay_reason};
+use xo_sys::{raw, tcp_repair};
+
+use crate::conn::{Conn, ReadHalf};
+use crate::{daemon, init, poll};
+
+/// Most heads are shorter: looked at on the stack.
+const SMALL: usize = 4096;
+const ESTABLISHED: u8 = 1;
+/// A blocking descriptor waits this long for a verdict; the daemon's own limits are far below.
+const VERDICT: Duration = Duration::from_secs(10);
+
+static TURN: AtomicUsize = AtomicUsize::new(0);
+
+/// What a read at a boundary comes to.
+pub(crate) enum Outcome {
+    /// Read on; the rest of the queue after this request is known to be empty if `alone`.
+    Read {
+        /// Nothing waits behind this request.
+        alone: bool,
+    },
+    /// The connection is elsewhere: end of file.
+    End,
+    /// This errno.
+    Error(i32),
+}
+
+/// What the last request to the daemon has come to, if one is out. `None`: read on.
+pub(crate) fn verdict(conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Option<Outcome> {
+    if !conn.asked.load(Ordering::Acquire) {
+        return None;
+    }
+    let state = match daemon::slot_state(index) {
+        PENDING if nonblocking => return Some(Outcome::Error(libc::EAGAIN)),
+        PENDING => daemon::wait_slot(index, VERDICT),
+        state => state,
+    };
+    if state == GONE {
+        return Some(Outcome::End);
+    }
+    if let Some(reason) = stay_reason(state) {
+        log::debug!("a connection stays: {reason}");
+    }
+    conn.asked.store(false, Ordering::Release);
+    daemon::clear_slot(index);
+    half.stays = true;
+    None
+}
+
+/// Looks at what waits in the socket and decides about the request that begins there.
+pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
+    let mut small = [0; SMALL];
+    loop {
+        let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
+        let n = match raw::peek(fd, &mut small, flags) {
+            Ok(n) => n,
+            Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        let bytes = small.get(..n).unwrap_or_default();
+        if bytes.is_empty() {
+            // The client has closed; the real call says so.
+            return Outcome::Read { alone: true };
+        }
+        let seen = match parse_head(bytes) {
+            Head::Partial if n == SMALL => return look_far(fd, conn, index, half, nonblocking),
+            head => judge(fd, conn, index, half, head, n, n < SMALL),
+        };
+        match seen {
+            Seen::Outcome(outcome) => return outcome,
+            Seen::Asked if nonblocking => return Outcome::Error(libc::EAGAIN),
+            Seen::Asked => match verdict(conn, index, half, false) {
+                Some(outcome) => return outcome,
+                None => continue,
+            },
+            Seen::HeldBack if nonblocking => return Outcome::Error(libc::EAGAIN),
+            Seen::HeldBack => raw::wait_readable(fd, until(conn)),
+        }
+    }
+}
+
+/// As [`look`], for a head that does not fit on the stack.
+fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
+    let mut large = vec![0; MAX_HEAD + 1];
+    let n = match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
+        Ok(n) => n,
+        Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
+    };
+    let head = parse_head(large.get(..n).unwrap_or_default());
+    match judge(fd, conn, index, half, head, n, n <= MAX_HEAD) {
+        Seen::Outcome(outcome) => outcome,
+        Seen::Asked | Seen::HeldBack if nonblocking => Outcome::Error(libc::EAGAIN),
+        Seen::Asked => match verdict(conn, index, half, false) {
+            Some(outcome) => outcome,
+            None => look(fd, conn, index, half, nonblocking),
+        },
+        Seen::HeldBack => {
+            raw::wait_readable(fd, until(conn));
+            look(fd, conn, index, half, nonblocking)
+        }
+    }
+}
+
+enum Seen {
+    Outcome(Outcome),
+    Asked,
+    HeldBack,
+}
+
+/// `n` bytes wait, `all` of the queue has been looked at.
+fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, head: Head<'_>, n: usize, all: bool) -> Seen {
+    match head {
+        Head::Partial => {
+            let now = raw::monotonic().as_nanos() as u64;
+            let deadline = conn.deadline.load(Ordering::Relaxed);
+            if deadline != 0 && now >= deadline {
+                return leave(fd, conn, half, Reason::HeadTooSlow);
+            }
+            // Nothing new since the last look: has the client stopped sending for good?
+            if half.partial == n && raw::tcp_state(fd).is_ok_and(|s| s != ESTABLISHED) {
+                return leave(fd, conn, half, Reason::HeadTooSlow);
+            }
+            half.partial = n;
+            poll::hold_back(fd, conn, n, now + init::head_timeout_ns());
+            Seen::HeldBack
+        }
+        Head::TooLong => leave(fd, conn, half, Reason::HeadTooLong),
+        Head::Refused(reason) => leave(fd, conn, half, reason),
+        Head::Complete(head) if head.upgrade => leave(fd, conn, half, Reason::Upgraded),
+        Head::Complete(head) => {
+            release(fd, conn, half);
+            if !half.stays && wants_to_move(fd, conn, index, &head) {
+                return Seen::Asked;
+            }
+            half.tracker.begin(&head);
+            if let Some(mut responses) = conn.write() {
+                responses.expect(Method::from(head.method));
+            } else {
+                return leave(fd, conn, half, Reason::Shared);
+            }
+            let rest = half.tracker;
+            let alone = all && matches!(rest, xo_proto::http::RequestTracker::Left(left) if left >= n as u64);
+            Seen::Outcome(Outcome::Read { alone })
+        }
+    }
+}
+
+/// The server gets what there is, now and from now on.
+fn leave(fd: i32, conn: &Conn, half: &mut ReadHalf, reason: Reason) -> Seen {
+    release(fd, conn, half);
+    conn.abandon(reason);
+    Seen::Outcome(Outcome::Read { alone: true })
+}
+
+/// A head is complete, or given up on: normal readiness again.
+fn release(fd: i32, conn: &Conn, half: &mut ReadHalf) {
+    half.partial = 0;
+    if conn.deadline.swap(0, Ordering::AcqRel) != 0 {
+        let _ = tcp_repair::poke(fd);
+    }
+}
+
+fn until(conn: &Conn) -> Duration {
+    let deadline = Duration::from_nanos(conn.deadline.load(Ordering::Relaxed));
+    deadline.saturating_sub(raw::monotonic())
+}
+
+/// Asks the policy, and if it says so the daemon.
+fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bool {
+    let Some(policy) = init::active_policy() else { return false };
+    // Before the first hello the node's name is not known; rules then name other machines only.
+    daemon::open();
+    let Decision::To { targets, handler, .. } = policy.decide(head, daemon::node()) else {
+        daemon::count(Counter::Local as usize);
+        return false;
+    };
+    let clean = conn.write().is_some_and(|r| r.progress() == Progress::Clean);
+    if !clean {
+        daemon::count(Reason::NotClean as usize);
+        return false;
+    }
+    let turn = TURN.fetch_add(1, Ordering::Relaxed);
+    let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
+    let decided_ns = raw::monotonic().as_nanos() as u64;
+    conn.fd.store(fd, Ordering::Relaxed);
+    conn.asked.store(true, Ordering::Release);
+    let asked = daemon::offload(fd, index, |generation| Offload {
+        slot: index,
+        generation,
+        target: target.name.clone(),
+        address: target.address,
+        handler: handler.to_owned(),
+        decided_ns,
+    });
+    match asked {
+        Ok(()) => {
+            daemon::count(Counter::Asked as usize);
+            true
+        }
+        Err(reason) => {
+            conn.asked.store(false, Ordering::Release);
+            daemon::count(reason as usize);
+            false
+        }
+    }
+}

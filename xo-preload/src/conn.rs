@@ -1,0 +1,251 @@
+//! The connection table. An entry's index is also the number of its slot in the memory shared with the
+//! daemon.
+//!
+//! An entry belongs to whoever has claimed its half (reading or writing). A claim never waits: a second
+//! thread in the same half at the same time means that the stream cannot be followed, and the connection is
+//! left alone from then on.
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use xo_proto::http::{RequestTracker, ResponseTracker};
+use xo_proto::reason::Reason;
+use xo_proto::slot::SLOTS;
+use xo_sys::raw;
+
+use crate::{daemon, fdtable};
+
+/// What is done about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    /// The entry is not in use.
+    Free = 0,
+    /// Followed; may be offloaded.
+    Tracked = 1,
+    /// Came from another host; closing it is reported.
+    Restored = 2,
+    /// Left alone for the rest of its life.
+    Passive = 3,
+}
+
+/// A connection. All zero is a free entry.
+pub(crate) struct Conn {
+    kind: AtomicU8,
+    /// Descriptors that refer to it.
+    descriptors: AtomicU32,
+    reading: AtomicBool,
+    writing: AtomicBool,
+    /// The daemon has been asked and its verdict not been seen.
+    pub(crate) asked: AtomicBool,
+    /// A descriptor of it, for waking the server.
+    pub(crate) fd: AtomicI32,
+    /// When a head that is held back is let through, `CLOCK_MONOTONIC` ns; 0 for none.
+    pub(crate) deadline: AtomicU64,
+    /// Index of its delivery, for `Restored`.
+    delivery: AtomicU32,
+    next_free: AtomicU32,
+    read: UnsafeCell<Option<ReadHalf>>,
+    write: UnsafeCell<Option<ResponseTracker>>,
+}
+
+// SAFETY: the two cells are touched only by who holds the claim of their half.
+unsafe impl Sync for Conn {}
+
+/// State of the reading half.
+#[derive(Clone, Copy)]
+pub(crate) struct ReadHalf {
+    /// Where in the request stream the server is.
+    pub(crate) tracker: RequestTracker,
+    /// The next request is served here whatever the policy says.
+    pub(crate) stays: bool,
+    /// Length of an incomplete head when last looked at.
+    pub(crate) partial: usize,
+}
+
+impl ReadHalf {
+    const NEW: ReadHalf = ReadHalf { tracker: RequestTracker::Boundary, stays: false, partial: 0 };
+}
+
+static TABLE: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
+/// Head of the free list: index + 1 in the lower half, a counter against ABA in the upper.
+static FREE: AtomicU64 = AtomicU64::new(0);
+/// Entries below this have been used.
+static USED: AtomicU32 = AtomicU32::new(0);
+
+/// Reserves the table.
+pub(crate) fn start() -> bool {
+    let Ok(memory) = raw::map_private(SLOTS * size_of::<Conn>()) else { return false };
+    TABLE.store(memory.cast(), Ordering::Release);
+    true
+}
+
+/// The entry with this index.
+pub(crate) fn get(index: u32) -> Option<&'static Conn> {
+    let table = TABLE.load(Ordering::Acquire);
+    if table.is_null() || index as usize >= SLOTS {
+        return None;
+    }
+    // SAFETY: mapped for good, within its size; all zero is a valid entry (`Option`s of None are written
+    // before the kind says that the entry is in use).
+    unsafe { table.add(index as usize).as_ref() }
+}
+
+/// Entries that may be in use.
+pub(crate) fn all() -> impl Iterator<Item = (u32, &'static Conn)> {
+    (0..USED.load(Ordering::Acquire)).filter_map(|i| Some((i, get(i)?)))
+}
+
+/// Starts to follow the connection behind a descriptor; `None` when the table is full.
+pub(crate) fn track(fd: i32, kind: Kind, delivery: u32) -> Option<()> {
+    forget(fd);
+    let index = take()?;
+    let conn = get(index)?;
+    conn.asked.store(false, Ordering::Relaxed);
+    conn.deadline.store(0, Ordering::Relaxed);
+    conn.fd.store(fd, Ordering::Relaxed);
+    conn.delivery.store(delivery, Ordering::Relaxed);
+    conn.descriptors.store(1, Ordering::Relaxed);
+    // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
+    // entry is freed, so overwriting without a drop loses nothing.
+    unsafe {
+        conn.read.get().write(Some(ReadHalf::NEW));
+        conn.write.get().write(Some(ResponseTracker::default()));
+    }
+    conn.kind.store(kind as u8, Ordering::Release);
+    fdtable::set(fd, fdtable::Entry::Connection(index));
+    Some(())
+}
+
+/// A second descriptor for a connection (dup).
+pub(crate) fn share(old: i32, new: i32) {
+    forget(new);
+    let entry = fdtable::get(old);
+    if let fdtable::Entry::Connection(index) = entry
+        && let Some(conn) = get(index)
+    {
+        conn.descriptors.fetch_add(1, Ordering::Relaxed);
+    }
+    fdtable::set(new, entry);
+}
+
+/// A descriptor is closed, or its number used for something else.
+pub(crate) fn forget(fd: i32) {
+    if let fdtable::Entry::Connection(index) = fdtable::set(fd, fdtable::Entry::None)
+        && let Some(conn) = get(index)
+        && conn.descriptors.fetch_sub(1, Ordering::AcqRel) == 1
+    {
+        conn.release(index);
+    }
+}
+
+impl Conn {
+    /// What is done about it.
+    pub(crate) fn kind(&self) -> Kind {
+        match self.kind.load(Ordering::Acquire) {
+            1 => Kind::Tracked,
+            2 => Kind::Restored,
+            3 => Kind::Passive,
+            _ => Kind::Free,
+        }
+    }
+
+    /// Leaves the connection alone from now on.
+    pub(crate) fn abandon(&self, reason: Reason) {
+        let tracked = Kind::Tracked as u8;
+        if self.kind.compare_exchange(tracked, Kind::Passive as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            daemon::count(reason as usize);
+        }
+    }
+
+    /// Claims the reading half.
+    pub(crate) fn read(&self) -> Option<Claim<'_, ReadHalf>> {
+        Claim::new(&self.reading, &self.read)
+    }
+
+    /// Claims the writing half.
+    pub(crate) fn write(&self) -> Option<Claim<'_, ResponseTracker>> {
+        Claim::new(&self.writing, &self.write)
+    }
+
+    fn release(&self, index: u32) {
+        if self.kind() == Kind::Restored {
+            daemon::closed_delivery(self.delivery.load(Ordering::Relaxed));
+        }
+        // A verdict that is still to come finds the slot cleared and is ignored.
+        daemon::clear_slot(index);
+        self.kind.store(Kind::Free as u8, Ordering::Release);
+        if let Some(mut tracker) = self.write() {
+            *tracker = ResponseTracker::default();
+        }
+        give_back(index);
+    }
+}
+
+/// The right to one half of a connection.
+pub(crate) struct Claim<'c, T> {
+    flag: &'c AtomicBool,
+    value: &'c mut T,
+}
+
+impl<'c, T> Claim<'c, T> {
+    fn new(flag: &'c AtomicBool, cell: &'c UnsafeCell<Option<T>>) -> Option<Claim<'c, T>> {
+        if flag.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        // SAFETY: the flag was clear and is ours now: nobody else has a reference into the cell.
+        match unsafe { &mut *cell.get() } {
+            Some(value) => Some(Claim { flag, value }),
+            None => {
+                flag.store(false, Ordering::Release);
+                None
+            }
+        }
+    }
+}
+
+impl<T> std::ops::Deref for Claim<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.value
+    }
+}
+
+impl<T> std::ops::DerefMut for Claim<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.value
+    }
+}
+
+impl<T> Drop for Claim<'_, T> {
+    fn drop(&mut self) {
+        self.flag.store(false, Ordering::Release);
+    }
+}
+
+fn take() -> Option<u32> {
+    let mut head = FREE.load(Ordering::Acquire);
+    while let Some(index) = (head as u32).checked_sub(1) {
+        let next = get(index)?.next_free.load(Ordering::Relaxed);
+        let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next);
+        match FREE.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return Some(index),
+            Err(now) => head = now,
+        }
+    }
+    USED.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |n| ((n as usize) < SLOTS).then_some(n + 1)).ok()
+}
+
+fn give_back(index: u32) {
+    let Some(conn) = get(index) else { return };
+    let mut head = FREE.load(Ordering::Acquire);
+    loop {
+        conn.next_free.store(head as u32, Ordering::Relaxed);
+        let new = (head >> 32).wrapping_add(1) << 32 | u64::from(index + 1);
+        match FREE.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return,
+            Err(now) => head = now,
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The channel to this machine's `xo-peerd`, one for each process.
+//!
+//! A child must not use its parent's: a page that the kernel wipes on fork says whose it is.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use once_cell::race::OnceBox;
+use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
+use xo_proto::ipc::{Deliver, FromDaemon, Offload, Ticket, ToDaemon, VERSION};
+use xo_proto::reason::Reason;
+use xo_proto::slot::FREE;
+use xo_sys::raw::{self, Fd};
+use xo_sys::slots::SlotTable;
+use xo_sys::{fdpass, tcp_repair};
+
+use crate::{conn, poll};
+
+/// How long the daemon may take to answer a hello or a take.
+const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 500_000 };
+/// Pause after a failed connection.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Our descriptors keep out of the way of the server's low numbers.
+const LEAST_FD: RawFd = 400;
+
+static SOCKET: OnceBox<PathBuf> = OnceBox::new();
+static NODE: OnceBox<String> = OnceBox::new();
+static TICKET: OnceBox<Ticket> = OnceBox::new();
+static CHANNEL: AtomicI32 = AtomicI32::new(-1);
+static SLOTS: AtomicPtr<SlotTable> = AtomicPtr::new(std::ptr::null_mut());
+static OPENING: AtomicBool = AtomicBool::new(false);
+static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
+/// Points into a page that is zero in a child.
+static OURS: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Remembers where the daemon is; opens nothing yet.
+pub(crate) fn start(socket: PathBuf) -> bool {
+    let Ok(page) = raw::map_wiped_on_fork() else { return false };
+    OURS.store(page.cast(), Ordering::Release);
+    let _ = SOCKET.set(Box::new(socket));
+    true
+}
+
+/// Where the daemon listens.
+pub(crate) fn socket() -> Option<&'static PathBuf> {
+    SOCKET.get()
+}
+
+/// This machine's node name, once the daemon has told it.
+pub(crate) fn node() -> &'static str {
+    NODE.get().map_or("", String::as_str)
+}
+
+/// The channel's descriptor, or -1.
+pub(crate) fn fd() -> RawFd {
+    CHANNEL.load(Ordering::Acquire)
+}
+
+/// The server has moved our descriptor out of its way.
+pub(crate) fn replace_fd(fd: RawFd) {
+    CHANNEL.store(fd, Ordering::Release);
+}
+
+/// Was the channel opened by this process, and not by its parent?
+pub(crate) fn is_ours() -> bool {
+    // SAFETY: the page is mapped for good.
+    unsafe { OURS.load(Ordering::Acquire).as_ref() }.is_some_and(|w| w.load(Ordering::Relaxed) != 0)
+}
+
+fn slots() -> Option<&'static SlotTable> {
+    // SAFETY: tables are leaked, never freed: a thread may be using one.
+    unsafe { SLOTS.load(Ordering::Acquire).as_ref() }
+}
+
+/// Opens the channel unless it is open; `false` when there is no daemon.
+pub(crate) fn open() -> bool {
+    if fd() >= 0 && is_ours() {
+        return true;
+    }
+    if OPENING.swap(true, Ordering::Acquire) {
+        return false;
+    }
+    if fd() >= 0 && !is_ours() {
+        // Inherited: the parent's end stays the parent's.
+        raw::close(CHANNEL.swap(-1, Ordering::AcqRel));
+        SLOTS.store(std::ptr::null_mut(), Ordering::Release);
+        NOT_BEFORE.store(0, Ordering::Relaxed);
+        poll::forget_registrations();
+    }
+    let opened = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed) && connect();
+    if !opened && fd() < 0 {
+        NOT_BEFORE.store((raw::monotonic() + PAUSE).as_nanos() as u64, Ordering::Relaxed);
+    }
+    OPENING.store(false, Ordering::Release);
+    if opened {
+        poll::register_again();
+    }
+    opened
+}
+
+fn connect() -> bool {
+    let Some(path) = SOCKET.get() else { return false };
+    let Ok(low) = fdpass::connect(path) else { return false };
+    let Ok(fd) = raw::duplicate_from(low.as_raw_fd(), LEAST_FD).or_else(|_| raw::duplicate_from(low.as_raw_fd(), 3))
+    else {
+        return false;
+    };
+    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+        let _ = raw::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, &PATIENCE);
+    }
+    let ticket = TICKET.get().copied();
+    if !send_on(fd.as_raw_fd(), &ToDaemon::Hello { version: VERSION, ticket }, None, 0) {
+        return false;
+    }
+    match receive_on(fd.as_raw_fd(), 0) {
+        Some((FromDaemon::Welcome { version: VERSION, node, ticket }, Some(memory))) => {
+            let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
+            let _ = NODE.set(Box::new(node));
+            let _ = TICKET.set(Box::new(ticket));
+            SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
+            // SAFETY: the page is mapped for good.
+            if let Some(ours) = unsafe { OURS.load(Ordering::Acquire).as_ref() } {
+                ours.store(1, Ordering::Relaxed);
+            }
+            CHANNEL.store(fd.into_raw(), Ordering::Release);
+            log::info!("connected to xo-peerd at {}", path.display());
+            true
+        }
+        Some((FromDaemon::Denied { detail }, _)) => {
+            log::error!("xo-peerd at {}: {detail}", path.display());
+            false
+        }
+        _ => false,
+    }
+}
+
+/// The daemon is gone: connections that wait for its verdict stay here.
+pub(crate) fn lost() {
+    let fd = CHANNEL.swap(-1, Ordering::AcqRel);
+    if fd < 0 {
+        return;
+    }
+    raw::close(fd);
+    log::warn!("xo-peerd is gone");
+    for (index, conn) in conn::all() {
+        if conn.asked.load(Ordering::Acquire) {
+            clear_slot(index);
+            let _ = tcp_repair::poke(conn.fd.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// Asks for a hand-off; the verdict comes in the slot. `None` and a reason when it could not be asked.
+pub(crate) fn offload(fd: RawFd, slot: u32, request: impl FnOnce(u32) -> Offload) -> Result<(), Reason> {
+    if !open() {
+        return Err(Reason::NoDaemon);
+    }
+    let Some(slots) = slots() else { return Err(Reason::NoDaemon) };
+    let message = ToDaemon::Offload(request(slots.begin(slot)));
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    let Ok(n) = encode_local(&message, &mut buffer) else { return Err(Reason::NoTarget) };
+    let bytes = buffer.get(..n).unwrap_or_default();
+    match fdpass::send(self::fd(), bytes, Some(fd), libc::MSG_DONTWAIT) {
+        Ok(()) => Ok(()),
+        Err(e) => {
+            slots.clear(slot);
+            if e.kind() == std::io::ErrorKind::WouldBlock {
+                return Err(Reason::DaemonBusy);
+            }
+            lost();
+            Err(Reason::NoDaemon)
+        }
+    }
+}
+
+/// State word of a slot.
+pub(crate) fn slot_state(slot: u32) -> u32 {
+    slots().map_or(FREE, |s| s.state(slot))
+}
+
+/// Waits for a slot's verdict.
+pub(crate) fn wait_slot(slot: u32, timeout: Duration) -> u32 {
+    slots().map_or(FREE, |s| s.wait(slot, timeout))
+}
+
+/// Gives a slot back.
+pub(crate) fn clear_slot(slot: u32) {
+    if let Some(slots) = slots() {
+        slots.clear(slot);
+    }
+}
+
+/// Adds one to a counter.
+pub(crate) fn count(counter: usize) {
+    if let Some(slots) = slots() {
+        slots.count(counter);
+    }
+}
+
+/// Reports that this process has closed a restored connection.
+pub(crate) fn closed_delivery(delivery: u32) {
+    if let Some(slots) = slots().filter(|_| is_ours()) {
+        slots.close_delivery(delivery);
+    }
+}
+
+/// Is this the source port of a wake-up connection?
+pub(crate) fn is_wake_port(port: u16) -> bool {
+    is_ours() && slots().is_some_and(|s| s.has_wake_port(port))
+}
+
+/// Tells the daemon that this process accepts from a listening socket.
+pub(crate) fn register(listener: RawFd, epoll: bool) -> bool {
+    open() && send_on(fd(), &ToDaemon::Register { epoll }, Some(listener), 0)
+}
+
+/// The next restored connection that waits for this process, if any.
+pub(crate) fn delivery() -> Option<(Deliver, Fd)> {
+    if fd() < 0 || !is_ours() {
+        return None;
+    }
+    match receive_on(fd(), libc::MSG_DONTWAIT)? {
+        (FromDaemon::Deliver(deliver), Some(fd)) => Some((deliver, fd)),
+        _ => None,
+    }
+}
+
+/// Asks for the restored connection that a wake-up stands for.
+pub(crate) fn take(wake_port: u16) -> Option<(Deliver, Fd)> {
+    if !open() || !send_on(fd(), &ToDaemon::Take { wake_port }, None, 0) {
+        return None;
+    }
+    match receive_on(fd(), 0)? {
+        (FromDaemon::Deliver(deliver), Some(fd)) => Some((deliver, fd)),
+        _ => None,
+    }
+}
+
+fn send_on(fd: RawFd, message: &ToDaemon, passed: Option<RawFd>, flags: i32) -> bool {
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    let Ok(n) = encode_local(message, &mut buffer) else { return false };
+    fdpass::send(fd, buffer.get(..n).unwrap_or_default(), passed, flags).is_ok()
+}
+
+fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, Option<Fd>)> {
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    match fdpass::recv(fd, &mut buffer, flags) {
+        Ok((0, _)) => {
+            lost();
+            None
+        }
+        Ok((n, passed)) => {
+            let message = decode_local(buffer.get(..n).unwrap_or_default()).ok()?;
+            Some((message, passed))
+        }
+        Err(_) => None,
+    }
+}

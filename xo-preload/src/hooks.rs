@@ -1,0 +1,463 @@
+//! THE table: every function that is interposed. A hook marshals; the decision is in the file that it
+//! names. Untracked descriptors cost one load and one branch.
+
+use std::time::Duration;
+
+use libc::{
+    c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr, msghdr, nfds_t, off_t, off64_t,
+    pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
+};
+use xo_proto::reason::Reason;
+
+use crate::interpose::{hooks, optional_hooks};
+use crate::{accept as accepting, hide, io, lifecycle, poll as polling};
+
+/// Looks all originals up; at load.
+pub(crate) fn resolve() {
+    resolve_mandatory();
+    resolve_optional();
+}
+
+/// One buffer as a list.
+fn piece(buffer: *const c_void, len: size_t) -> [iovec; 1] {
+    [iovec { iov_base: buffer.cast_mut(), iov_len: len }]
+}
+
+/// The application's list of buffers.
+///
+/// # Safety
+/// `count` pieces at `pieces`, as readv(2) demands.
+unsafe fn list<'a>(pieces: *const iovec, count: usize) -> &'a [iovec] {
+    if pieces.is_null() {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(pieces, count) }
+}
+
+fn first_len(pieces: &[iovec]) -> size_t {
+    pieces.first().map_or(0, |p| p.iov_len)
+}
+
+fn milliseconds(timeout: c_int) -> Option<Duration> {
+    u64::try_from(timeout).ok().map(Duration::from_millis)
+}
+
+fn to_milliseconds(timeout: Option<Duration>) -> c_int {
+    timeout.map_or(-1, |t| c_int::try_from(t.as_millis()).unwrap_or(c_int::MAX))
+}
+
+/// # Safety
+/// Null or a valid time.
+unsafe fn from_timespec(t: *const timespec) -> Option<Duration> {
+    // SAFETY: the caller's promise.
+    unsafe { t.as_ref() }.map(|t| Duration::new(t.tv_sec.max(0) as u64, t.tv_nsec.clamp(0, 999_999_999) as u32))
+}
+
+fn to_timespec(t: Duration) -> timespec {
+    timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() }
+}
+
+/// # Safety
+/// `count` entries at `fds`, as poll(2) demands.
+unsafe fn polled<'a>(fds: *const pollfd, count: nfds_t) -> impl Iterator<Item = c_int> + 'a {
+    let all: &[pollfd] = if fds.is_null() {
+        &[]
+    } else {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(fds, count as usize) }
+    };
+    all.iter().filter(|p| p.events & libc::POLLIN != 0).map(|p| p.fd)
+}
+
+/// # Safety
+/// Null or a valid set.
+unsafe fn selected<'a>(count: c_int, set: *const fd_set) -> impl Iterator<Item = c_int> + 'a {
+    let end = if set.is_null() { 0 } else { count.min(libc::FD_SETSIZE as c_int) };
+    // SAFETY: the caller's promise; numbers are below FD_SETSIZE.
+    (0..end).filter(move |fd| unsafe { libc::FD_ISSET(*fd, set) })
+}
+
+/// Does the message carry descriptors? Then another process may use the connection too.
+///
+/// # Safety
+/// Null or a valid message.
+unsafe fn passes_descriptors(message: *const msghdr) -> Option<c_int> {
+    // SAFETY: the caller's promise; CMSG_FIRSTHDR checks the length of the control data, and SCM_RIGHTS data
+    // is descriptors.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(message).as_ref()?;
+        let rights = header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS;
+        rights.then(|| libc::CMSG_DATA(header).cast::<c_int>().read_unaligned())
+    }
+}
+
+fn abandon(fd: c_int, reason: Reason) {
+    if let Some((_, conn)) = io::followed(fd) {
+        conn.abandon(reason);
+    }
+}
+
+hooks! {
+    fn listen(fd: c_int, backlog: c_int) -> c_int {
+        let result = unsafe { real()(fd, backlog) };
+        if result == 0 {
+            lifecycle::listening(fd);
+        }
+        result
+    }
+
+    fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+        let call = || unsafe { real()(fd, address, len) };
+        match accepting::tracked_port(fd) {
+            Some(port) => accepting::accept(fd, port, address, len, 0, call),
+            None => fresh(call()),
+        }
+    }
+
+    fn accept4(fd: c_int, address: *mut sockaddr, len: *mut socklen_t, flags: c_int) -> c_int {
+        let call = || unsafe { real()(fd, address, len, flags) };
+        match accepting::tracked_port(fd) {
+            Some(port) => accepting::accept(fd, port, address, len, flags, call),
+            None => fresh(call()),
+        }
+    }
+
+    fn read(fd: c_int, buffer: *mut c_void, len: size_t) -> ssize_t {
+        match io::followed(fd) {
+            None => unsafe { real()(fd, buffer, len) },
+            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), 0, |p| unsafe {
+                real()(fd, buffer, first_len(p))
+            }),
+        }
+    }
+
+    fn readv(fd: c_int, pieces: *const iovec, count: c_int) -> ssize_t {
+        match io::followed(fd) {
+            None => unsafe { real()(fd, pieces, count) },
+            Some((index, conn)) => {
+                let all = unsafe { list(pieces, usize::try_from(count).unwrap_or(0)) };
+                io::read(fd, index, conn, all, 0, |p| unsafe { real()(fd, p.as_ptr(), p.len() as c_int) })
+            }
+        }
+    }
+
+    fn recv(fd: c_int, buffer: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
+        match io::followed(fd) {
+            None => unsafe { real()(fd, buffer, len, flags) },
+            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), flags, |p| unsafe {
+                real()(fd, buffer, first_len(p), flags)
+            }),
+        }
+    }
+
+    fn recvfrom(fd: c_int, buffer: *mut c_void, len: size_t, flags: c_int, address: *mut sockaddr,
+                address_len: *mut socklen_t) -> ssize_t {
+        match io::followed(fd) {
+            None => unsafe { real()(fd, buffer, len, flags, address, address_len) },
+            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), flags, |p| unsafe {
+                real()(fd, buffer, first_len(p), flags, address, address_len)
+            }),
+        }
+    }
+
+    fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> ssize_t {
+        match (io::followed(fd), unsafe { message.as_mut() }) {
+            (Some((index, conn)), Some(message)) => {
+                let (base, count) = (message.msg_iov, message.msg_iovlen);
+                let all = unsafe { list(base, count) };
+                let result = io::read(fd, index, conn, all, flags, |p| {
+                    message.msg_iov = p.as_ptr().cast_mut();
+                    message.msg_iovlen = p.len();
+                    unsafe { real()(fd, message, flags) }
+                });
+                message.msg_iov = base;
+                message.msg_iovlen = count;
+                result
+            }
+            _ => unsafe { real()(fd, message, flags) },
+        }
+    }
+
+    fn recvmmsg(fd: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int, timeout: *mut timespec) -> c_int {
+        // Several messages of a stream at once: nobody does it; not worth following.
+        abandon(fd, Reason::Shared);
+        unsafe { real()(fd, messages, count, flags, timeout) }
+    }
+
+    fn write(fd: c_int, buffer: *const c_void, len: size_t) -> ssize_t {
+        let call = || unsafe { real()(fd, buffer, len) };
+        match io::followed(fd) {
+            None => call(),
+            Some((index, conn)) => io::write(fd, index, conn, &piece(buffer, len), 0, call),
+        }
+    }
+
+    fn writev(fd: c_int, pieces: *const iovec, count: c_int) -> ssize_t {
+        let call = || unsafe { real()(fd, pieces, count) };
+        match io::followed(fd) {
+            None => call(),
+            Some((index, conn)) => {
+                let all = unsafe { list(pieces, usize::try_from(count).unwrap_or(0)) };
+                io::write(fd, index, conn, all, 0, call)
+            }
+        }
+    }
+
+    fn send(fd: c_int, buffer: *const c_void, len: size_t, flags: c_int) -> ssize_t {
+        let call = || unsafe { real()(fd, buffer, len, flags) };
+        match io::followed(fd) {
+            None => call(),
+            Some((index, conn)) => io::write(fd, index, conn, &piece(buffer, len), flags, call),
+        }
+    }
+
+    fn sendto(fd: c_int, buffer: *const c_void, len: size_t, flags: c_int, address: *const sockaddr,
+              address_len: socklen_t) -> ssize_t {
+        let call = || unsafe { real()(fd, buffer, len, flags, address, address_len) };
+        match io::followed(fd) {
+            None => call(),
+            Some((index, conn)) => io::write(fd, index, conn, &piece(buffer, len), flags, call),
+        }
+    }
+
+    fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
+        if let Some(passed) = unsafe { passes_descriptors(message) } {
+            abandon(passed, Reason::Shared);
+        }
+        let call = || unsafe { real()(fd, message, flags) };
+        match (io::followed(fd), unsafe { message.as_ref() }) {
+            (Some((index, conn)), Some(message)) => {
+                let all = unsafe { list(message.msg_iov, message.msg_iovlen) };
+                io::write(fd, index, conn, all, flags, call)
+            }
+            _ => call(),
+        }
+    }
+
+    fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int {
+        abandon(fd, Reason::Shared);
+        unsafe { real()(fd, messages, count, flags) }
+    }
+
+    fn sendfile(to: c_int, from: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
+        let call = || unsafe { real()(to, from, offset, count) };
+        match io::followed(to) {
+            None => call(),
+            Some((index, conn)) => io::write_unseen(to, index, conn, call),
+        }
+    }
+
+    fn sendfile64(to: c_int, from: c_int, offset: *mut off64_t, count: size_t) -> ssize_t {
+        let call = || unsafe { real()(to, from, offset, count) };
+        match io::followed(to) {
+            None => call(),
+            Some((index, conn)) => io::write_unseen(to, index, conn, call),
+        }
+    }
+
+    fn splice(from: c_int, from_at: *mut off64_t, to: c_int, to_at: *mut off64_t, len: size_t,
+              flags: c_uint) -> ssize_t {
+        let call = |len| unsafe { real()(from, from_at, to, to_at, len, flags) };
+        match (io::followed(from), io::followed(to)) {
+            (Some((index, conn)), _) => io::read_unseen(from, index, conn, len, call),
+            (None, Some((index, conn))) => io::write_unseen(to, index, conn, || call(len)),
+            (None, None) => call(len),
+        }
+    }
+
+    fn close(fd: c_int) -> c_int {
+        if lifecycle::closing(fd) {
+            // Ours: to the server it is a number that it never opened.
+            io::set_errno(libc::EBADF);
+            return -1;
+        }
+        unsafe { real()(fd) }
+    }
+
+    fn shutdown(fd: c_int, how: c_int) -> c_int {
+        lifecycle::shutting_down(fd);
+        unsafe { real()(fd, how) }
+    }
+
+    fn dup(fd: c_int) -> c_int {
+        let new = unsafe { real()(fd) };
+        lifecycle::duplicated(fd, new);
+        new
+    }
+
+    fn dup2(old: c_int, new: c_int) -> c_int {
+        hide::make_way(new);
+        let result = unsafe { real()(old, new) };
+        lifecycle::duplicated(old, result);
+        result
+    }
+
+    fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+        hide::make_way(new);
+        let result = unsafe { real()(old, new, flags) };
+        lifecycle::duplicated(old, result);
+        result
+    }
+
+    fn epoll_ctl(epoll: c_int, operation: c_int, fd: c_int, event: *mut epoll_event) -> c_int {
+        let result = unsafe { real()(epoll, operation, fd, event) };
+        if result == 0 {
+            polling::epoll_changed(epoll, operation, fd, unsafe { event.as_ref() });
+        }
+        result
+    }
+
+    fn epoll_wait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int) -> c_int {
+        polling::wait(milliseconds(timeout), |t| unsafe { real()(epoll, events, count, to_milliseconds(t)) })
+    }
+
+    fn epoll_pwait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int,
+                   mask: *const sigset_t) -> c_int {
+        polling::wait(milliseconds(timeout), |t| unsafe {
+            real()(epoll, events, count, to_milliseconds(t), mask)
+        })
+    }
+
+    fn poll(fds: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int {
+        polling::about_to_wait(unsafe { polled(fds, count) });
+        polling::wait(milliseconds(timeout), |t| unsafe { real()(fds, count, to_milliseconds(t)) })
+    }
+
+    fn ppoll(fds: *mut pollfd, count: nfds_t, timeout: *const timespec, mask: *const sigset_t) -> c_int {
+        polling::about_to_wait(unsafe { polled(fds, count) });
+        polling::wait(unsafe { from_timespec(timeout) }, |t| {
+            let t = t.map(to_timespec);
+            unsafe { real()(fds, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask) }
+        })
+    }
+
+    fn select(count: c_int, read: *mut fd_set, write: *mut fd_set, except: *mut fd_set,
+              timeout: *mut timeval) -> c_int {
+        // Not bounded by deadlines: select overwrites its sets, so it could not be repeated.
+        polling::about_to_wait(unsafe { selected(count, read) });
+        unsafe { real()(count, read, write, except, timeout) }
+    }
+
+    fn pselect(count: c_int, read: *mut fd_set, write: *mut fd_set, except: *mut fd_set,
+               timeout: *const timespec, mask: *const sigset_t) -> c_int {
+        polling::about_to_wait(unsafe { selected(count, read) });
+        unsafe { real()(count, read, write, except, timeout, mask) }
+    }
+}
+
+/// A descriptor that is new to us: whatever its number meant before is over.
+fn fresh(fd: c_int) -> c_int {
+    if fd >= 0 {
+        crate::conn::forget(fd);
+    }
+    fd
+}
+
+/// What a function does that this libc does not have.
+fn missing<T: From<i8>>() -> T {
+    io::set_errno(libc::ENOSYS);
+    T::from(-1)
+}
+
+optional_hooks! {
+    fn __read_chk(fd: c_int, buffer: *mut c_void, len: size_t, room: size_t) -> ssize_t {
+        match (real(), io::followed(fd)) {
+            (Some(real), None) => unsafe { real(fd, buffer, len, room) },
+            (None, None) => missing(),
+            (_, Some(_)) => unsafe { read::hooked(fd, buffer, len.min(room)) },
+        }
+    }
+
+    fn __recv_chk(fd: c_int, buffer: *mut c_void, len: size_t, room: size_t, flags: c_int) -> ssize_t {
+        match (real(), io::followed(fd)) {
+            (Some(real), None) => unsafe { real(fd, buffer, len, room, flags) },
+            (None, None) => missing(),
+            (_, Some(_)) => unsafe { recv::hooked(fd, buffer, len.min(room), flags) },
+        }
+    }
+
+    fn __recvfrom_chk(fd: c_int, buffer: *mut c_void, len: size_t, room: size_t, flags: c_int,
+                      address: *mut sockaddr, address_len: *mut socklen_t) -> ssize_t {
+        match (real(), io::followed(fd)) {
+            (Some(real), None) => unsafe { real(fd, buffer, len, room, flags, address, address_len) },
+            (None, None) => missing(),
+            (_, Some(_)) => unsafe {
+                recvfrom::hooked(fd, buffer, len.min(room), flags, address, address_len)
+            },
+        }
+    }
+
+    fn __poll_chk(fds: *mut pollfd, count: nfds_t, timeout: c_int, room: size_t) -> c_int {
+        polling::about_to_wait(unsafe { polled(fds, count) });
+        let Some(real) = real() else { return missing() };
+        polling::wait(milliseconds(timeout), |t| unsafe { real(fds, count, to_milliseconds(t), room) })
+    }
+
+    fn __ppoll_chk(fds: *mut pollfd, count: nfds_t, timeout: *const timespec, mask: *const sigset_t,
+                   room: size_t) -> c_int {
+        polling::about_to_wait(unsafe { polled(fds, count) });
+        let Some(real) = real() else { return missing() };
+        polling::wait(unsafe { from_timespec(timeout) }, |t| {
+            let t = t.map(to_timespec);
+            unsafe { real(fds, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask, room) }
+        })
+    }
+
+    fn epoll_pwait2(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: *const timespec,
+                    mask: *const sigset_t) -> c_int {
+        let Some(real) = real() else { return missing() };
+        polling::wait(unsafe { from_timespec(timeout) }, |t| {
+            let t = t.map(to_timespec);
+            unsafe { real(epoll, events, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask) }
+        })
+    }
+
+    fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+        let Some(real) = real() else { return missing() };
+        if flags & libc::CLOSE_RANGE_CLOEXEC as c_int != 0 {
+            return unsafe { real(first, last, flags) };
+        }
+        lifecycle::closing_range(first, last);
+        let parts = hide::around(first, last).into_iter().flatten();
+        parts.map(|(first, last)| unsafe { real(first, last, flags) }).find(|r| *r != 0).unwrap_or(0)
+    }
+
+    fn closefrom(first: c_int) -> () {
+        let first = c_uint::try_from(first).unwrap_or(0);
+        lifecycle::closing_range(first, c_uint::MAX);
+        for (first, last) in hide::around(first, c_uint::MAX).into_iter().flatten() {
+            xo_sys::raw::close_range(first, last);
+        }
+    }
+
+    fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
+        let Some(real) = real() else { return missing() };
+        let result = unsafe { real(fd, command, argument) };
+        if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+            lifecycle::duplicated(fd, result);
+        }
+        result
+    }
+
+    fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
+        let Some(real) = real() else { return missing() };
+        let result = unsafe { real(fd, command, argument) };
+        if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+            lifecycle::duplicated(fd, result);
+        }
+        result
+    }
+
+    fn syscall(number: c_long, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong, e: c_ulong,
+               f: c_ulong) -> c_long {
+        if number == libc::SYS_close && lifecycle::closing(a as c_int) {
+            io::set_errno(libc::EBADF);
+            return -1;
+        }
+        match real() {
+            Some(real) => unsafe { real(number, a, b, c, d, e, f) },
+            None => missing::<i8>().into(),
+        }
+    }
+}

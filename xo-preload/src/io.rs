@@ -1,0 +1,241 @@
+//! Reading and writing on followed connections.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use libc::{c_int, iovec};
+use xo_proto::http::{Limit, Progress};
+use xo_proto::reason::Reason;
+use xo_proto::slot::{GONE, PENDING};
+use xo_sys::{raw, tcp_repair};
+
+use crate::boundary::{self, Outcome};
+use crate::conn::{self, Conn, Kind, ReadHalf};
+use crate::{daemon, fdtable};
+
+/// Most pieces of a scattered read that are followed; a longer list is shortened, which is a short read.
+const MAX_PIECES: usize = 64;
+/// A chunked body is looked at in pieces of this size, bytes.
+const PEEK: usize = 4096;
+/// Flags with which a read is something else than reading the stream.
+const FOREIGN: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE | libc::MSG_TRUNC;
+
+/// The followed connection behind a descriptor.
+#[inline]
+pub(crate) fn followed(fd: c_int) -> Option<(u32, &'static Conn)> {
+    match fdtable::get(fd) {
+        fdtable::Entry::Connection(index) => {
+            conn::get(index).filter(|c| c.kind() == Kind::Tracked).map(|c| (index, c))
+        }
+        _ => None,
+    }
+}
+
+/// errno of this thread.
+pub(crate) fn set_errno(errno: c_int) {
+    // SAFETY: glibc's errno location is valid for the thread's life.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// A read into `pieces`; `call` is the real one, for as many pieces as it is given.
+pub(crate) fn read(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    pieces: &[iovec],
+    flags: c_int,
+    mut call: impl FnMut(&[iovec]) -> isize,
+) -> isize {
+    let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
+    if want == 0 || flags & FOREIGN != 0 {
+        return call(pieces);
+    }
+    let Some(mut half) = conn.read() else {
+        conn.abandon(Reason::Shared);
+        return call(pieces);
+    };
+    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || raw::is_nonblocking(fd);
+    let mut alone = false;
+    let outcome = boundary::verdict(conn, index, &mut half, nonblocking).or_else(|| {
+        if half.tracker.at_boundary() && flags & libc::MSG_PEEK == 0 {
+            return match boundary::look(fd, conn, index, &mut half, nonblocking) {
+                Outcome::Read { alone: a } => {
+                    alone = a;
+                    None
+                }
+                other => Some(other),
+            };
+        }
+        None
+    });
+    match outcome {
+        Some(Outcome::End) => return 0,
+        Some(Outcome::Error(errno)) => {
+            set_errno(errno);
+            return -1;
+        }
+        Some(Outcome::Read { .. }) | None => {}
+    }
+    if conn.kind() != Kind::Tracked {
+        return call(pieces);
+    }
+    let peeking = flags & libc::MSG_PEEK != 0;
+    let allowed = match allowance(fd, &half, want, nonblocking) {
+        Ok(n) => n,
+        Err(result) => return result,
+    };
+    let mut shortened = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
+    let pieces = if allowed < want || pieces.len() > MAX_PIECES {
+        shorten(pieces, allowed, &mut shortened)
+    } else {
+        pieces
+    };
+    let n = call(pieces);
+    if n > 0 && !peeking {
+        account(conn, &mut half, pieces, n as usize);
+        if half.tracker.at_boundary() {
+            half.stays = false;
+            // Edge-triggered servers take a short read for an empty socket and wait for an edge that has
+            // come already: raise another.
+            if !alone && allowed < want && nonblocking && raw::readable_bytes(fd) > 0 {
+                let _ = tcp_repair::poke(fd);
+            }
+        }
+    }
+    n
+}
+
+/// How many bytes may be read without crossing the request's end.
+fn allowance(fd: c_int, half: &ReadHalf, want: usize, nonblocking: bool) -> Result<usize, isize> {
+    match half.tracker.allowed() {
+        Limit::Bytes(n) => Ok(want.min(usize::try_from(n).unwrap_or(usize::MAX))),
+        // At a boundary only for a peek, or when the client has closed.
+        Limit::Peek if half.tracker.at_boundary() => Ok(want),
+        Limit::Peek => {
+            let mut buffer = [0; PEEK];
+            let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
+            let window = buffer.get_mut(..want.min(PEEK)).unwrap_or_default();
+            match raw::peek(fd, window, flags) {
+                Ok(0) => Ok(want),
+                Ok(n) => Ok(half.tracker.limit(window.get(..n).unwrap_or_default()).min(want)),
+                Err(e) => {
+                    set_errno(e.raw_os_error().unwrap_or(libc::EIO));
+                    Err(-1)
+                }
+            }
+        }
+    }
+}
+
+fn account(conn: &Conn, half: &mut ReadHalf, pieces: &[iovec], n: usize) {
+    if let Limit::Bytes(_) = half.tracker.allowed() {
+        half.tracker.consumed_unseen(n as u64);
+    } else {
+        for_each_piece(pieces, n, |bytes| half.tracker.consumed(bytes));
+    }
+    if half.tracker == xo_proto::http::RequestTracker::Lost {
+        conn.abandon(Reason::AmbiguousFraming);
+    }
+}
+
+fn shorten<'s>(pieces: &[iovec], mut allowed: usize, out: &'s mut [iovec; MAX_PIECES]) -> &'s [iovec] {
+    let mut count = 0;
+    for (to, from) in out.iter_mut().zip(pieces) {
+        if allowed == 0 {
+            break;
+        }
+        let len = from.iov_len.min(allowed);
+        *to = iovec { iov_base: from.iov_base, iov_len: len };
+        allowed -= len;
+        count += 1;
+    }
+    out.get(..count).unwrap_or_default()
+}
+
+fn for_each_piece(pieces: &[iovec], mut n: usize, mut each: impl FnMut(&[u8])) {
+    for piece in pieces {
+        let len = piece.iov_len.min(n);
+        if len == 0 {
+            continue;
+        }
+        // SAFETY: the kernel has just read or written these bytes at this address.
+        each(unsafe { std::slice::from_raw_parts(piece.iov_base.cast::<u8>(), len) });
+        n -= len;
+    }
+}
+
+/// A read whose bytes never reach memory (splice); `call` takes the length.
+pub(crate) fn read_unseen(fd: c_int, index: u32, conn: &Conn, want: usize, call: impl Fn(usize) -> isize) -> isize {
+    let piece = iovec { iov_base: std::ptr::null_mut(), iov_len: want };
+    if matches!(conn.read().map(|h| h.tracker.allowed()), Some(Limit::Peek))
+        && conn.read().is_some_and(|h| !h.tracker.at_boundary())
+    {
+        // The end of a chunked body would pass by unseen.
+        conn.abandon(Reason::AmbiguousFraming);
+        return call(want);
+    }
+    read(fd, index, conn, &[piece], 0, |pieces| call(pieces.first().map_or(0, |p| p.iov_len)))
+}
+
+/// While a verdict is out nothing may be written; `Some` is what to return.
+fn hold_writing(fd: c_int, index: u32, conn: &Conn, flags: c_int) -> Option<isize> {
+    if !conn.asked.load(Ordering::Acquire) {
+        return None;
+    }
+    let mut state = daemon::slot_state(index);
+    if state == PENDING {
+        if flags & libc::MSG_DONTWAIT != 0 || raw::is_nonblocking(fd) {
+            set_errno(libc::EAGAIN);
+            return Some(-1);
+        }
+        state = daemon::wait_slot(index, Duration::from_secs(10));
+    }
+    if state == GONE {
+        // The emptied socket: the real call gives EPIPE.
+        return None;
+    }
+    None
+}
+
+/// A write of `pieces`; `call` is the real one.
+pub(crate) fn write(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    pieces: &[iovec],
+    flags: c_int,
+    call: impl FnOnce() -> isize,
+) -> isize {
+    if let Some(result) = hold_writing(fd, index, conn, flags) {
+        return result;
+    }
+    let n = call();
+    if n > 0 {
+        follow_responses(conn, |r| for_each_piece(pieces, n as usize, |bytes| r.wrote(bytes)));
+    }
+    n
+}
+
+/// A write whose bytes we do not see (sendfile, splice).
+pub(crate) fn write_unseen(fd: c_int, index: u32, conn: &Conn, call: impl FnOnce() -> isize) -> isize {
+    if let Some(result) = hold_writing(fd, index, conn, 0) {
+        return result;
+    }
+    let n = call();
+    if n > 0 {
+        follow_responses(conn, |r| r.wrote_unseen(n as u64));
+    }
+    n
+}
+
+fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut xo_proto::http::ResponseTracker)) {
+    let Some(mut responses) = conn.write() else {
+        return conn.abandon(Reason::Shared);
+    };
+    follow(&mut responses);
+    match responses.progress() {
+        Progress::Unknown => conn.abandon(Reason::UnknownResponse),
+        Progress::Upgraded => conn.abandon(Reason::Upgraded),
+        Progress::Clean | Progress::InProgress | Progress::UntilClose => {}
+    }
+}

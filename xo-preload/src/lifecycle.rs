@@ -1,0 +1,71 @@
+//! listen, close, shutdown, dup.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use libc::c_int;
+use xo_proto::slot::PENDING;
+use xo_sys::raw;
+
+use crate::fdtable::{self, Entry};
+use crate::{conn, daemon, hide, init, io, spawn};
+
+/// A shutdown waits this long for a verdict.
+const VERDICT: Duration = Duration::from_secs(1);
+
+/// After a successful listen(): on a tracked port there should be a daemon.
+pub(crate) fn listening(fd: c_int) {
+    if init::active_policy().is_none() {
+        return;
+    }
+    let Ok((address, _)) = raw::local_address(fd) else { return };
+    if !init::tracks(address.port()) {
+        return;
+    }
+    fdtable::set(fd, Entry::Listener(address.port()));
+    if !daemon::open() && spawn::start_daemon() {
+        daemon::open();
+    }
+    if daemon::fd() < 0 {
+        log::warn!("no xo-peerd: connections on port {} stay here", address.port());
+    }
+}
+
+/// Before a descriptor is closed. `true`: it is ours, leave it.
+pub(crate) fn closing(fd: c_int) -> bool {
+    if hide::is_ours(fd) {
+        return true;
+    }
+    if fdtable::get(fd) != Entry::None {
+        conn::forget(fd);
+    }
+    false
+}
+
+/// Before the numbers from `first` to `last` are closed.
+pub(crate) fn closing_range(first: u32, last: u32) {
+    // No process has as many descriptors as the table has places; the kernel's limit bounds the walk.
+    let end = last.min(raw::descriptor_limit());
+    for fd in first..=end {
+        if fdtable::get(fd as c_int) != Entry::None {
+            conn::forget(fd as c_int);
+        }
+    }
+}
+
+/// Before a shutdown: in the middle of a hand-off it would send a FIN from a socket in repair mode.
+pub(crate) fn shutting_down(fd: c_int) {
+    if let Some((index, conn)) = io::followed(fd)
+        && conn.asked.load(Ordering::Acquire)
+        && daemon::slot_state(index) == PENDING
+    {
+        daemon::wait_slot(index, VERDICT);
+    }
+}
+
+/// After a successful dup.
+pub(crate) fn duplicated(old: c_int, new: c_int) {
+    if new >= 0 && old != new && (fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None) {
+        conn::share(old, new);
+    }
+}
