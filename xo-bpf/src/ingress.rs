@@ -14,8 +14,9 @@ use xo_bpf_abi::{Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, H
 use crate::count::{add, count};
 use crate::packet::{ACK, Direction, FIN, NoFlow, Packet, RST, SYN, parse, rewrite};
 
-/// Longest packet that is held, bytes from the network header on: a full aggregate.
-const MAX_HELD: u32 = 65_535 + 40;
+/// Longest packet that is held, bytes from the network header on: a full aggregate. A power of two, so that
+/// a mask can prove the bound to the verifier.
+const MAX_HELD: u32 = 65_536;
 const HEADER: usize = size_of::<HeldHeader>();
 
 /// Sizes of maps are set by the daemon at load.
@@ -26,9 +27,10 @@ static HELD: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
 /// Where a packet is put together for the ring; one for each CPU, chosen by its number (a per-CPU map's
 /// value may not be this long).
-#[repr(C)]
+#[repr(C, align(8))]
 struct Scratch {
-    bytes: [u8; HEADER + 65_536 + 64],
+    header: HeldHeader,
+    packet: [u8; MAX_HELD as usize],
 }
 
 #[map]
@@ -109,13 +111,15 @@ fn hold(ctx: &TcContext, packet: &Packet, flow_id: u64, length: u32) -> bool {
         ip_version: if packet.v6 { 6 } else { 4 },
     };
     // SAFETY: the scratch is this CPU's; programs on one CPU do not interrupt each other at this hook; it
-    // holds header and MAX_HELD bytes.
+    // holds header and MAX_HELD bytes. The volatile read keeps the compiler from dropping the mask.
     unsafe {
-        let bytes = (*scratch).bytes.as_mut_ptr();
-        core::ptr::copy_nonoverlapping((&raw const header).cast::<u8>(), bytes, HEADER);
-        if bpf_skb_load_bytes(ctx.as_ptr(), packet.ip as u32, bytes.add(HEADER).cast(), length) != 0 {
+        let size = ((&raw const length).read_volatile().wrapping_sub(1) & (MAX_HELD - 1)) + 1;
+        (&raw mut (*scratch).header).write(header);
+        let bytes = (&raw mut (*scratch).packet).cast::<u8>();
+        if bpf_skb_load_bytes(ctx.as_ptr(), packet.ip as u32, bytes.cast(), size) != 0 {
             return false;
         }
-        HELD.output::<[u8]>(core::slice::from_raw_parts(bytes, HEADER + length as usize), 0).is_ok()
+        let record = core::slice::from_raw_parts(scratch.cast::<u8>(), HEADER + size as usize);
+        HELD.output::<[u8]>(record, 0).is_ok()
     }
 }

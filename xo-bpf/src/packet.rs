@@ -13,11 +13,9 @@ const ETH_P_VLAN: u16 = 0x8100;
 const ETH_P_QINQ: u16 = 0x88a8;
 const PROTOCOL_TCP: u8 = 6;
 const IPV6_HEADER: usize = 40;
-/// Prefix of an IPv4 address in IPv6 clothes.
-const MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+/// Third word of an IPv4 address in IPv6 clothes.
+const MAPPED: u32 = 0xffff_u32.to_be();
 
-const TCP_PORTS: usize = 0;
-const TCP_FLAGS: usize = 13;
 const TCP_CHECKSUM: usize = 16;
 
 /// FIN, SYN, RST, ACK as in the TCP header.
@@ -77,32 +75,64 @@ pub fn parse(ctx: &TcContext, direction: Direction) -> Result<Packet, NoFlow> {
     }
 }
 
+/// The IPv4 header as words: the programs copy words, not bytes.
+#[repr(C)]
+struct V4 {
+    version_length: u8,
+    _tos: u8,
+    _length: u16,
+    _id: u16,
+    fragment: u16,
+    _ttl: u8,
+    protocol: u8,
+    _checksum: u16,
+    source: u32,
+    destination: u32,
+}
+
+#[repr(C)]
+struct V6 {
+    _flow: u32,
+    _length: u16,
+    protocol: u8,
+    _hops: u8,
+    source: [u32; 4],
+    destination: [u32; 4],
+}
+
+#[repr(C)]
+struct Tcp {
+    source: u16,
+    destination: u16,
+    _seq: u32,
+    _ack: u32,
+    _offset: u8,
+    flags: u8,
+}
+
 #[inline(always)]
 fn parse_v4(ctx: &TcContext, ip: usize, direction: Direction) -> Result<Packet, NoFlow> {
-    let header: [u8; 20] = ctx.load(ip).map_err(|_| NoFlow::Unparsed)?;
-    if header[9] != PROTOCOL_TCP {
+    let header: V4 = ctx.load(ip).map_err(|_| NoFlow::Unparsed)?;
+    if header.protocol != PROTOCOL_TCP {
         return Err(NoFlow::Foreign);
     }
     // More fragments, or an offset.
-    if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 {
+    if header.fragment & 0x3fff_u16.to_be() != 0 {
         return Err(NoFlow::Unparsed);
     }
-    let tcp = ip + (header[0] & 15) as usize * 4;
-    let (source, destination) = (mapped(&header, 12), mapped(&header, 16));
+    let tcp = ip + (header.version_length & 15) as usize * 4;
+    let (source, destination) = ([0, 0, MAPPED, header.source], [0, 0, MAPPED, header.destination]);
     finish(ctx, ip, tcp, false, source, destination, direction)
 }
 
 #[inline(always)]
 fn parse_v6(ctx: &TcContext, ip: usize, direction: Direction) -> Result<Packet, NoFlow> {
-    let header: [u8; IPV6_HEADER] = ctx.load(ip).map_err(|_| NoFlow::Unparsed)?;
+    let header: V6 = ctx.load(ip).map_err(|_| NoFlow::Unparsed)?;
     // Extension headers are not steered: such packets pass, as those of another flow would.
-    if header[6] != PROTOCOL_TCP {
+    if header.protocol != PROTOCOL_TCP {
         return Err(NoFlow::Foreign);
     }
-    let (mut source, mut destination) = ([0; 16], [0; 16]);
-    source.copy_from_slice(&header[8..24]);
-    destination.copy_from_slice(&header[24..40]);
-    finish(ctx, ip, ip + IPV6_HEADER, true, source, destination, direction)
+    finish(ctx, ip, ip + IPV6_HEADER, true, header.source, header.destination, direction)
 }
 
 #[inline(always)]
@@ -111,42 +141,32 @@ fn finish(
     ip: usize,
     tcp: usize,
     v6: bool,
-    source: [u8; 16],
-    destination: [u8; 16],
+    source: [u32; 4],
+    destination: [u32; 4],
     direction: Direction,
 ) -> Result<Packet, NoFlow> {
-    let header: [u8; 14] = ctx.load(tcp + TCP_PORTS).map_err(|_| NoFlow::Unparsed)?;
-    let source_port = u16::from_ne_bytes([header[0], header[1]]);
-    let destination_port = u16::from_ne_bytes([header[2], header[3]]);
+    let header: Tcp = ctx.load(tcp).map_err(|_| NoFlow::Unparsed)?;
     let key = match direction {
         Direction::FromClient => FlowKey {
             remote: source,
             local: destination,
-            remote_port: source_port,
-            local_port: destination_port,
+            remote_port: header.source,
+            local_port: header.destination,
         },
         Direction::ToClient => FlowKey {
             remote: destination,
             local: source,
-            remote_port: destination_port,
-            local_port: source_port,
+            remote_port: header.destination,
+            local_port: header.source,
         },
     };
-    Ok(Packet { ip, tcp, v6, flags: header[TCP_FLAGS], key })
-}
-
-#[inline(always)]
-fn mapped(header: &[u8; 20], at: usize) -> [u8; 16] {
-    let mut address = [0; 16];
-    address[..12].copy_from_slice(&MAPPED);
-    address[12..].copy_from_slice(&header[at..at + 4]);
-    address
+    Ok(Packet { ip, tcp, v6, flags: header.flags, key })
 }
 
 /// Replaces this machine's end of the packet: the destination of what comes from the client, the source of
 /// what goes to it. The checksum helpers know partial checksums and GSO; plain arithmetic does not.
 #[inline(always)]
-pub fn rewrite(ctx: &TcContext, packet: &Packet, direction: Direction, to: &[u8; 16], port: u16) -> Result<(), ()> {
+pub fn rewrite(ctx: &TcContext, packet: &Packet, direction: Direction, to: &[u32; 4], port: u16) -> Result<(), ()> {
     let skb = ctx.skb.skb;
     let checksum = (packet.tcp + TCP_CHECKSUM) as u32;
     let (v4_at, v6_at, port_at) = match direction {
@@ -169,10 +189,8 @@ pub fn rewrite(ctx: &TcContext, packet: &Packet, direction: Direction, to: &[u8;
 }
 
 #[inline(always)]
-unsafe fn rewrite_v4(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[u8; 16], at: u32) -> bool {
-    let k = &packet.key.local;
-    let old = u32::from_ne_bytes([k[12], k[13], k[14], k[15]]);
-    let new = u32::from_ne_bytes([to[12], to[13], to[14], to[15]]);
+unsafe fn rewrite_v4(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[u32; 4], at: u32) -> bool {
+    let (old, new) = (packet.key.local[3], to[3]);
     let pseudo = u64::from(BPF_F_PSEUDO_HDR) | 4;
     // SAFETY: as in the caller.
     unsafe {
@@ -183,9 +201,8 @@ unsafe fn rewrite_v4(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[
 }
 
 #[inline(always)]
-unsafe fn rewrite_v6(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[u8; 16], at: u32) -> bool {
-    let mut old = words(&packet.key.local);
-    let mut new = words(to);
+unsafe fn rewrite_v6(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[u32; 4], at: u32) -> bool {
+    let (mut old, mut new) = (packet.key.local, *to);
     // SAFETY: as in the caller.
     unsafe {
         let difference = bpf_csum_diff(old.as_mut_ptr(), 16, new.as_mut_ptr(), 16, 0);
@@ -193,14 +210,4 @@ unsafe fn rewrite_v6(skb: *mut __sk_buff, checksum: u32, packet: &Packet, to: &[
             && bpf_l4_csum_replace(skb, checksum, 0, difference as u64, BPF_F_PSEUDO_HDR.into()) == 0
             && bpf_skb_store_bytes(skb, at, new.as_ptr().cast(), 16, 0) == 0
     }
-}
-
-#[inline(always)]
-fn words(a: &[u8; 16]) -> [u32; 4] {
-    [
-        u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
-        u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
-        u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
-        u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
-    ]
 }

@@ -80,7 +80,7 @@ impl Steer {
 
     /// Keeps the flow's packets from the local stack and for [`Steer::drain_held`].
     pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
-        let entry = flow_entry(Action::Hold, flow_id, [0; 16], 0);
+        let entry = flow_entry(Action::Hold, flow_id, [0; 4], 0);
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
         self.entries += 1;
         Ok(())
@@ -181,14 +181,20 @@ pub(crate) fn flow_key(remote: SocketAddr, local: SocketAddr) -> FlowKey {
     }
 }
 
-fn mapped(ip: IpAddr) -> [u8; 16] {
-    match ip {
+/// Four words in network byte order, as the programs compare them.
+fn mapped(ip: IpAddr) -> [u32; 4] {
+    let octets = match ip {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
         IpAddr::V6(ip) => ip.octets(),
+    };
+    let mut words = [0; 4];
+    for (word, bytes) in words.iter_mut().zip(octets.as_chunks::<4>().0) {
+        *word = u32::from_ne_bytes(*bytes);
     }
+    words
 }
 
-fn flow_entry(action: Action, flow_id: u64, to_addr: [u8; 16], to_port: u16) -> FlowEntry {
+fn flow_entry(action: Action, flow_id: u64, to_addr: [u32; 4], to_port: u16) -> FlowEntry {
     FlowEntry {
         flow_id,
         packets: 0,
@@ -270,7 +276,7 @@ fn errno(e: &MapError) -> Option<i32> {
     None
 }
 
-/// An error with its causes, on one line.
+/// An error with its causes. Of what the verifier says only the end, where the complaint is.
 fn chain(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut next = e.source();
@@ -278,7 +284,11 @@ fn chain(e: &dyn std::error::Error) -> String {
         text = format!("{text}: {e}");
         next = e.source();
     }
-    text
+    let lines: Vec<_> = text.lines().collect();
+    match lines.as_slice() {
+        [first, .., a, b, c, d] => format!("{first} ... {a} {b} {c} {d}"),
+        _ => text,
+    }
 }
 
 #[cfg(test)]

@@ -18,14 +18,15 @@ pub const INGRESS_PROGRAM: &str = "xo_ingress";
 pub const EGRESS_PROGRAM: &str = "xo_egress";
 
 /// One direction-free TCP flow as this machine sees it. IPv4 addresses are v4-mapped (`::ffff:a.b.c.d`).
-/// Ports and addresses are in network byte order.
+/// Ports and addresses are in network byte order, addresses as four words: the programs handle words, not
+/// bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey {
     /// The client's address.
-    pub remote: [u8; 16],
+    pub remote: [u32; 4],
     /// This machine's address.
-    pub local: [u8; 16],
+    pub local: [u32; 4],
     /// The client's port, network byte order.
     pub remote_port: u16,
     /// This machine's port, network byte order.
@@ -65,7 +66,7 @@ pub struct FlowEntry {
     /// `FLAG_*`.
     pub flags: u32,
     /// New destination address, v4-mapped for IPv4.
-    pub to_addr: [u8; 16],
+    pub to_addr: [u32; 4],
     /// New destination port, network byte order.
     pub to_port: u16,
     /// Zero.
@@ -85,7 +86,7 @@ pub struct RewriteEntry {
     /// Time of the last packet, `CLOCK_MONOTONIC` nanoseconds.
     pub last_ns: u64,
     /// The host's address, v4-mapped for IPv4.
-    pub from_addr: [u8; 16],
+    pub from_addr: [u32; 4],
     /// The host's port, network byte order.
     pub from_port: u16,
     /// Zero.
