@@ -5,12 +5,13 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use mio::event::Event;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -24,8 +25,9 @@ use xo_sys::sock_diag::TcpLookup;
 
 use crate::config::Config;
 use crate::dial::Dial;
-use crate::handler::{Acceptor, Spawner, Waiting};
+use crate::acceptor::{Acceptor, Waiting};
 use crate::host::HostFlow;
+use crate::exec::Spawner;
 use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
@@ -40,6 +42,7 @@ const SIGNALS: Token = Token(8);
 const WAKER: Token = Token(12);
 const KIND_LIBRARY: usize = 1;
 const KIND_PEER: usize = 2;
+const KIND_ACCEPTOR: usize = 3;
 
 /// How often closed connections are looked for.
 const TICK: Duration = Duration::from_millis(50);
@@ -86,7 +89,7 @@ pub(crate) struct Engine {
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
     pub(crate) served: HashMap<ServedKey, Served>,
-    pub(crate) acceptors: Vec<Acceptor>,
+    pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
     pub(crate) spawner: Spawner,
@@ -156,7 +159,7 @@ impl Engine {
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
-            acceptors: Vec::new(),
+            acceptors: Slab::new(),
             next_acceptor: 0,
             waiting: HashMap::new(),
             spawner: Spawner::start(waker)?,
@@ -197,7 +200,7 @@ impl Engine {
                 busy_until = Instant::now() + self.config.handoff.spin;
             }
             for event in &events {
-                self.dispatch(event.token(), event.is_writable());
+                self.dispatch(event);
             }
             self.run_timers();
         }
@@ -210,14 +213,15 @@ impl Engine {
         self.serials
     }
 
-    fn dispatch(&mut self, token: Token, writable: bool) {
-        match token {
+    fn dispatch(&mut self, event: &Event) {
+        match event.token() {
             IPC_LISTENER => self.accept_libraries(),
             PEER_LISTENER => self.accept_peers(),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
-            Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2, writable),
-            Token(t) if t & 3 == KIND_PEER => self.peer_ready(t >> 2, writable),
+            Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
+            Token(t) if t & 3 == KIND_PEER => self.peer_ready(t >> 2, event.is_writable()),
+            Token(t) if t & 3 == KIND_ACCEPTOR => self.acceptor_ready(t >> 2, event.is_read_closed()),
             Token(_) => {}
         }
     }
@@ -295,8 +299,7 @@ impl Engine {
                             let fd = library.fd();
                             entry.insert(library);
                             let source = &mut SourceFd(&fd);
-                            let interest = Interest::READABLE | Interest::WRITABLE;
-                            if let Err(e) = self.poll.registry().register(source, token, interest) {
+                            if let Err(e) = self.poll.registry().register(source, token, Interest::READABLE) {
                                 log::error!("registering a library's socket: {e}");
                                 self.libraries.remove(token.0 >> 2);
                             }
@@ -331,6 +334,12 @@ impl Engine {
                 Err(e) => log::warn!("peer connection from {address}: {e}"),
             }
         }
+    }
+
+    /// Watches an acceptor's channel for room and for its end.
+    pub(crate) fn watch_acceptor(&self, index: usize, fd: RawFd) -> io::Result<()> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        self.poll.registry().register(&mut SourceFd(&fd), Token(index << 2 | KIND_ACCEPTOR), interest)
     }
 
     /// Registers a peer connection; returns its index.

@@ -1,17 +1,17 @@
 //! The Unix socket: libraries in servers' processes, and `xo-peerd status`.
 
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use mio::unix::SourceFd;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
-use xo_proto::ipc::{Deliver, FromDaemon, Query, ToDaemon, VERSION};
+use xo_proto::ipc::{FromDaemon, Query, ToDaemon, VERSION};
 use xo_proto::slot;
 use xo_sys::fdpass;
 use xo_sys::slots::SlotTable;
 
+use crate::acceptor::Channel;
 use crate::engine::Engine;
 
 /// Longest packet of an answer to a query, bytes.
@@ -31,8 +31,6 @@ pub(crate) struct Library {
     free: Vec<u32>,
     /// Deliveries handed out at least once.
     fresh: u32,
-    /// Deliveries that the socket had no room for.
-    outbox: VecDeque<(Deliver, OwnedFd)>,
 }
 
 impl Library {
@@ -47,7 +45,6 @@ impl Library {
             slots: None,
             free: Vec::new(),
             fresh: 0,
-            outbox: VecDeque::new(),
         })
     }
 
@@ -75,47 +72,31 @@ impl Library {
         self.free.push(delivery);
     }
 
-    /// Sends a restored connection, now or when there is room.
-    pub(crate) fn deliver(&mut self, deliver: Deliver, fd: OwnedFd) -> io::Result<()> {
-        self.outbox.push_back((deliver, fd));
-        self.flush()
-    }
-
-    /// Sends what waits.
-    pub(crate) fn flush(&mut self) -> io::Result<()> {
-        while let Some((deliver, fd)) = self.outbox.front() {
-            match self.send(&FromDaemon::Deliver(deliver.clone()), Some(fd.as_raw_fd())) {
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                other => other?,
-            }
-            self.outbox.pop_front();
-        }
-        Ok(())
-    }
-
     /// Sends one message.
     pub(crate) fn send(&self, message: &FromDaemon, fd: Option<RawFd>) -> io::Result<()> {
-        let mut buffer = [0; MAX_LOCAL_MESSAGE];
-        let n = encode_local(message, &mut buffer).map_err(|e| io::Error::new(ErrorKind::InvalidInput, e))?;
-        fdpass::send(self.fd(), &buffer[..n], fd, libc::MSG_DONTWAIT)
+        send(self.fd(), message, fd)
     }
 }
 
+/// Sends one message to a library, if there is room.
+pub(crate) fn send(socket: RawFd, message: &FromDaemon, fd: Option<RawFd>) -> io::Result<()> {
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    let n = encode_local(message, &mut buffer).map_err(|e| io::Error::new(ErrorKind::InvalidInput, e))?;
+    fdpass::send(socket, &buffer[..n], fd.as_slice(), libc::MSG_DONTWAIT)
+}
+
 impl Engine {
-    /// A library's socket has something for us, or room again.
-    pub(crate) fn library_ready(&mut self, index: usize, writable: bool) {
-        let Some(library) = self.libraries.get_mut(index) else { return };
-        if writable && let Err(e) = library.flush() {
-            return self.library_gone(index, &e.to_string());
-        }
+    /// A library's socket has something for us.
+    pub(crate) fn library_ready(&mut self, index: usize) {
         loop {
             let Some(library) = self.libraries.get(index) else { return };
             let mut buffer = [0; MAX_LOCAL_MESSAGE];
             match fdpass::recv(library.fd(), &mut buffer, libc::MSG_DONTWAIT) {
                 Ok((0, _)) => return self.library_gone(index, "gone"),
-                Ok((n, fd)) => {
+                Ok((n, fds)) => {
+                    let fds = fds.map(|fd| fd.map(OwnedFd::from));
                     let result = match decode_local::<ToDaemon>(&buffer[..n]) {
-                        Ok(message) => self.on_library_message(index, message, fd.map(OwnedFd::from)),
+                        Ok(message) => self.on_library_message(index, message, fds),
                         Err(e) => Err(e.to_string()),
                     };
                     if let Err(why) = result {
@@ -132,18 +113,23 @@ impl Engine {
         &mut self,
         index: usize,
         message: ToDaemon,
-        fd: Option<OwnedFd>,
+        fds: [Option<OwnedFd>; fdpass::MAX_FDS],
     ) -> Result<(), String> {
         let greeted = self.libraries.get(index).is_some_and(|l| l.slots.is_some());
-        match (message, fd) {
-            (ToDaemon::Hello { version, ticket }, None) if !greeted => self.greet(index, version, ticket),
-            (ToDaemon::Query(query), None) => self.answer(index, query),
-            (ToDaemon::Offload(offload), Some(fd)) if greeted => {
+        match (message, fds) {
+            (ToDaemon::Hello { version, ticket }, [None, ..]) if !greeted => self.greet(index, version, ticket),
+            (ToDaemon::Query(query), [None, ..]) => self.answer(index, query),
+            (ToDaemon::Offload(offload), [Some(fd), None, None]) if greeted => {
                 self.on_offload(index, offload, fd);
                 Ok(())
             }
-            (ToDaemon::Register { epoll }, Some(listener)) if greeted => self.register(index, epoll, &listener),
-            (ToDaemon::Take { wake_port }, None) if greeted => self.take(index, wake_port),
+            (ToDaemon::Register { epoll: true }, [Some(listener), Some(ours), Some(theirs)]) if greeted => {
+                self.register(index, &listener, Some(Channel::new(ours, theirs)))
+            }
+            (ToDaemon::Register { epoll: false }, [Some(listener), None, None]) if greeted => {
+                self.register(index, &listener, None)
+            }
+            (ToDaemon::Take { wake_port }, [None, ..]) if greeted => self.take(index, wake_port),
             (message, _) => Err(format!("unexpected message {message:?}")),
         }
     }
@@ -196,7 +182,7 @@ impl Engine {
         let Some(library) = self.libraries.get(index) else { return Ok(()) };
         // The asker reads as fast as we write; its socket is made blocking for these few packets.
         for packet in text.as_bytes().chunks(QUERY_PACKET) {
-            fdpass::send(library.fd(), packet, None, 0).map_err(|e| e.to_string())?;
+            fdpass::send(library.fd(), packet, &[], 0).map_err(|e| e.to_string())?;
         }
         Err("answered".into())
     }

@@ -1,12 +1,13 @@
 //! XO's daemon: holds the privileges, moves connections, steers packets.
 
+mod acceptor;
 mod certs;
 mod clock;
 mod config;
 mod daemon;
 mod dial;
 mod engine;
-mod handler;
+mod exec;
 mod held;
 mod host;
 mod ipc;

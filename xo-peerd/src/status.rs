@@ -18,7 +18,7 @@ pub(crate) fn ask(socket: &Path, query: Query) -> Result<String, Box<dyn Error>>
         .map_err(|e| format!("no xo-peerd answers at {}: {e}", socket.display()))?;
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let n = encode_local(&ToDaemon::Query(query), &mut buffer)?;
-    fdpass::send(fd.as_raw_fd(), &buffer[..n], None, 0)?;
+    fdpass::send(fd.as_raw_fd(), &buffer[..n], &[], 0)?;
     let mut text = Vec::new();
     let mut packet = vec![0; PACKET];
     loop {

@@ -13,7 +13,7 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer};
-use crate::handler::Place;
+use crate::acceptor::Place;
 use crate::steer::{SteerError, flow_key};
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
@@ -32,7 +32,7 @@ pub(crate) struct Served {
     /// Name of the handler.
     pub(crate) handler: String,
     mode: Option<HandlerMode>,
-    acceptor: Option<Place>,
+    acceptor: Option<usize>,
     /// The client.
     pub(crate) client: SocketAddr,
     /// Our address of the connection.
@@ -204,14 +204,14 @@ impl Engine {
         let (bind, v6_socket, acceptor) = match &mode {
             HandlerMode::Attach { port } => {
                 let found = self.pick_acceptor(*port, begin.record.client);
-                let Some((place, listener)) = found else {
+                let Some((number, listener)) = found else {
                     if let Some(served) = self.served.get_mut(key) {
                         served.refusal = format!("no process under the library listens on port {port}");
                     }
                     return Err(Reason::NoHandler);
                 };
                 let ip = specific(listener.ip(), begin.record.client, &self.config.addresses);
-                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.is_ipv6(), Some(place))
+                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.is_ipv6(), Some(number))
             }
             HandlerMode::Exec { .. } => {
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

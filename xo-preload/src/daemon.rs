@@ -16,7 +16,7 @@ use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
 
-use crate::{conn, poll};
+use crate::{conn, poll, register};
 
 /// How long the daemon may take to answer a hello or a take.
 const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 500_000 };
@@ -58,6 +58,17 @@ pub(crate) fn fd() -> RawFd {
     CHANNEL.load(Ordering::Acquire)
 }
 
+/// Is the channel open, and this process's own?
+pub(crate) fn is_open() -> bool {
+    fd() >= 0 && is_ours()
+}
+
+/// The same descriptor under a number that a server does not expect to be free.
+pub(crate) fn out_of_the_way(fd: Fd) -> Option<Fd> {
+    let low = fd.as_raw_fd();
+    raw::duplicate_from(low, LEAST_FD).or_else(|_| raw::duplicate_from(low, 3)).ok()
+}
+
 /// The server has moved our descriptor out of its way.
 pub(crate) fn replace_fd(fd: RawFd) {
     CHANNEL.store(fd, Ordering::Release);
@@ -76,7 +87,7 @@ fn slots() -> Option<&'static SlotTable> {
 
 /// Opens the channel unless it is open; `false` when there is no daemon.
 pub(crate) fn open() -> bool {
-    if fd() >= 0 && is_ours() {
+    if is_open() {
         return true;
     }
     if OPENING.swap(true, Ordering::Acquire) {
@@ -87,7 +98,7 @@ pub(crate) fn open() -> bool {
         raw::close(CHANNEL.swap(-1, Ordering::AcqRel));
         SLOTS.store(std::ptr::null_mut(), Ordering::Release);
         NOT_BEFORE.store(0, Ordering::Relaxed);
-        poll::forget_registrations();
+        register::forget();
     }
     let opened = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed) && connect();
     if !opened && fd() < 0 {
@@ -95,7 +106,7 @@ pub(crate) fn open() -> bool {
     }
     OPENING.store(false, Ordering::Release);
     if opened {
-        poll::register_again();
+        register::announce_again();
     }
     opened
 }
@@ -103,15 +114,12 @@ pub(crate) fn open() -> bool {
 fn connect() -> bool {
     let Some(path) = SOCKET.get() else { return false };
     let Ok(low) = fdpass::connect(path) else { return false };
-    let Ok(fd) = raw::duplicate_from(low.as_raw_fd(), LEAST_FD).or_else(|_| raw::duplicate_from(low.as_raw_fd(), 3))
-    else {
-        return false;
-    };
+    let Some(fd) = out_of_the_way(low) else { return false };
     for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
         let _ = raw::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, &PATIENCE);
     }
     let ticket = TICKET.get().copied();
-    if !send_on(fd.as_raw_fd(), &ToDaemon::Hello { version: VERSION, ticket }, None, 0) {
+    if !send_on(fd.as_raw_fd(), &ToDaemon::Hello { version: VERSION, ticket }, &[], 0) {
         return false;
     }
     match receive_on(fd.as_raw_fd(), 0) {
@@ -144,6 +152,7 @@ pub(crate) fn lost() {
     }
     raw::close(fd);
     log::warn!("xo-peerd is gone");
+    poll::look_for_daemon();
     for (index, conn) in conn::all() {
         if conn.asked.load(Ordering::Acquire) {
             clear_slot(index);
@@ -162,7 +171,7 @@ pub(crate) fn offload(fd: RawFd, slot: u32, request: impl FnOnce(u32) -> Offload
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let Ok(n) = encode_local(&message, &mut buffer) else { return Err(Reason::NoTarget) };
     let bytes = buffer.get(..n).unwrap_or_default();
-    match fdpass::send(self::fd(), bytes, Some(fd), libc::MSG_DONTWAIT) {
+    match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
         Ok(()) => Ok(()),
         Err(e) => {
             slots.clear(slot);
@@ -211,25 +220,38 @@ pub(crate) fn is_wake_port(port: u16) -> bool {
     is_ours() && slots().is_some_and(|s| s.has_wake_port(port))
 }
 
-/// Tells the daemon that this process accepts from a listening socket.
-pub(crate) fn register(listener: RawFd, epoll: bool) -> bool {
-    open() && send_on(fd(), &ToDaemon::Register { epoll }, Some(listener), 0)
+/// Tells the daemon that this process accepts from a listening socket; see [`ToDaemon::Register`].
+pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
+    is_open() && send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0)
 }
 
-/// The next restored connection that waits for this process, if any.
-pub(crate) fn delivery() -> Option<(Deliver, Fd)> {
-    if fd() < 0 || !is_ours() {
-        return None;
-    }
-    match receive_on(fd(), libc::MSG_DONTWAIT)? {
-        (FromDaemon::Deliver(deliver), Some(fd)) => Some((deliver, fd)),
-        _ => None,
+/// What a registration's channel gives.
+pub(crate) enum Delivery {
+    /// A restored connection.
+    One(Deliver, Fd),
+    /// None waits.
+    Nothing,
+    /// None will come any more.
+    End,
+}
+
+/// Looks for a restored connection on a registration's channel.
+pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    match fdpass::recv(channel, &mut buffer, libc::MSG_DONTWAIT) {
+        Ok((0, _)) => Delivery::End,
+        Ok((n, [fd, ..])) => match (decode_local(buffer.get(..n).unwrap_or_default()), fd) {
+            (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
+            _ => Delivery::Nothing,
+        },
+        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Delivery::Nothing,
+        Err(_) => Delivery::End,
     }
 }
 
 /// Asks for the restored connection that a wake-up stands for.
 pub(crate) fn take(wake_port: u16) -> Option<(Deliver, Fd)> {
-    if !open() || !send_on(fd(), &ToDaemon::Take { wake_port }, None, 0) {
+    if !open() || !send_on(fd(), &ToDaemon::Take { wake_port }, &[], 0) {
         return None;
     }
     match receive_on(fd(), 0)? {
@@ -238,7 +260,7 @@ pub(crate) fn take(wake_port: u16) -> Option<(Deliver, Fd)> {
     }
 }
 
-fn send_on(fd: RawFd, message: &ToDaemon, passed: Option<RawFd>, flags: i32) -> bool {
+fn send_on(fd: RawFd, message: &ToDaemon, passed: &[RawFd], flags: i32) -> bool {
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let Ok(n) = encode_local(message, &mut buffer) else { return false };
     fdpass::send(fd, buffer.get(..n).unwrap_or_default(), passed, flags).is_ok()
@@ -251,7 +273,7 @@ fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, Option<Fd>)> {
             lost();
             None
         }
-        Ok((n, passed)) => {
+        Ok((n, [passed, ..])) => {
             let message = decode_local(buffer.get(..n).unwrap_or_default()).ok()?;
             Some((message, passed))
         }

@@ -10,7 +10,7 @@ use libc::{
 use xo_proto::reason::Reason;
 
 use crate::interpose::{hooks, optional_hooks};
-use crate::{accept as accepting, hide, io, lifecycle, poll as polling};
+use crate::{accept as accepting, hide, io, lifecycle, poll as polling, register};
 
 /// Looks all originals up; at load.
 pub(crate) fn resolve() {
@@ -110,7 +110,7 @@ hooks! {
     fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
         let call = || unsafe { real()(fd, address, len) };
         match accepting::tracked_port(fd) {
-            Some(port) => accepting::accept(fd, port, address, len, 0, call),
+            Some(_) => accepting::accept(fd, address, len, 0, call),
             None => fresh(call()),
         }
     }
@@ -118,7 +118,7 @@ hooks! {
     fn accept4(fd: c_int, address: *mut sockaddr, len: *mut socklen_t, flags: c_int) -> c_int {
         let call = || unsafe { real()(fd, address, len, flags) };
         match accepting::tracked_port(fd) {
-            Some(port) => accepting::accept(fd, port, address, len, flags, call),
+            Some(_) => accepting::accept(fd, address, len, flags, call),
             None => fresh(call()),
         }
     }
@@ -303,7 +303,7 @@ hooks! {
     fn epoll_ctl(epoll: c_int, operation: c_int, fd: c_int, event: *mut epoll_event) -> c_int {
         let result = unsafe { real()(epoll, operation, fd, event) };
         if result == 0 {
-            polling::epoll_changed(epoll, operation, fd, unsafe { event.as_ref() });
+            register::epoll_changed(epoll, operation, fd, unsafe { event.as_ref() });
         }
         result
     }
@@ -320,12 +320,12 @@ hooks! {
     }
 
     fn poll(fds: *mut pollfd, count: nfds_t, timeout: c_int) -> c_int {
-        polling::about_to_wait(unsafe { polled(fds, count) });
+        register::about_to_wait(unsafe { polled(fds, count) });
         polling::wait(milliseconds(timeout), |t| unsafe { real()(fds, count, to_milliseconds(t)) })
     }
 
     fn ppoll(fds: *mut pollfd, count: nfds_t, timeout: *const timespec, mask: *const sigset_t) -> c_int {
-        polling::about_to_wait(unsafe { polled(fds, count) });
+        register::about_to_wait(unsafe { polled(fds, count) });
         polling::wait(unsafe { from_timespec(timeout) }, |t| {
             let t = t.map(to_timespec);
             unsafe { real()(fds, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask) }
@@ -335,13 +335,13 @@ hooks! {
     fn select(count: c_int, read: *mut fd_set, write: *mut fd_set, except: *mut fd_set,
               timeout: *mut timeval) -> c_int {
         // Not bounded by deadlines: select overwrites its sets, so it could not be repeated.
-        polling::about_to_wait(unsafe { selected(count, read) });
+        register::about_to_wait(unsafe { selected(count, read) });
         unsafe { real()(count, read, write, except, timeout) }
     }
 
     fn pselect(count: c_int, read: *mut fd_set, write: *mut fd_set, except: *mut fd_set,
                timeout: *const timespec, mask: *const sigset_t) -> c_int {
-        polling::about_to_wait(unsafe { selected(count, read) });
+        register::about_to_wait(unsafe { selected(count, read) });
         unsafe { real()(count, read, write, except, timeout, mask) }
     }
 }
@@ -389,14 +389,14 @@ optional_hooks! {
     }
 
     fn __poll_chk(fds: *mut pollfd, count: nfds_t, timeout: c_int, room: size_t) -> c_int {
-        polling::about_to_wait(unsafe { polled(fds, count) });
+        register::about_to_wait(unsafe { polled(fds, count) });
         let Some(real) = real() else { return missing() };
         polling::wait(milliseconds(timeout), |t| unsafe { real(fds, count, to_milliseconds(t), room) })
     }
 
     fn __ppoll_chk(fds: *mut pollfd, count: nfds_t, timeout: *const timespec, mask: *const sigset_t,
                    room: size_t) -> c_int {
-        polling::about_to_wait(unsafe { polled(fds, count) });
+        register::about_to_wait(unsafe { polled(fds, count) });
         let Some(real) = real() else { return missing() };
         polling::wait(unsafe { from_timespec(timeout) }, |t| {
             let t = t.map(to_timespec);
@@ -419,16 +419,15 @@ optional_hooks! {
             return unsafe { real(first, last, flags) };
         }
         lifecycle::closing_range(first, last);
-        let parts = hide::around(first, last).into_iter().flatten();
-        parts.map(|(first, last)| unsafe { real(first, last, flags) }).find(|r| *r != 0).unwrap_or(0)
+        let mut result = 0;
+        hide::around(first, last, |first, last| result |= unsafe { real(first, last, flags) });
+        result
     }
 
     fn closefrom(first: c_int) -> () {
         let first = c_uint::try_from(first).unwrap_or(0);
         lifecycle::closing_range(first, c_uint::MAX);
-        for (first, last) in hide::around(first, c_uint::MAX).into_iter().flatten() {
-            xo_sys::raw::close_range(first, last);
-        }
+        hide::around(first, c_uint::MAX, xo_sys::raw::close_range);
     }
 
     fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {

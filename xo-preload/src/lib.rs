@@ -28,4 +28,5 @@ mod io;
 mod lifecycle;
 mod log;
 mod poll;
+mod register;
 mod spawn;

@@ -8,7 +8,7 @@ use xo_proto::slot::PENDING;
 use xo_sys::raw;
 
 use crate::fdtable::{self, Entry};
-use crate::{conn, daemon, hide, init, io, spawn};
+use crate::{conn, daemon, hide, init, io, register, spawn};
 
 /// A shutdown waits this long for a verdict.
 const VERDICT: Duration = Duration::from_secs(1);
@@ -36,9 +36,7 @@ pub(crate) fn closing(fd: c_int) -> bool {
     if hide::is_ours(fd) {
         return true;
     }
-    if fdtable::get(fd) != Entry::None {
-        conn::forget(fd);
-    }
+    gone(fd);
     false
 }
 
@@ -47,8 +45,18 @@ pub(crate) fn closing_range(first: u32, last: u32) {
     // No process has as many descriptors as the table has places; the kernel's limit bounds the walk.
     let end = last.min(raw::descriptor_limit());
     for fd in first..=end {
-        if fdtable::get(fd as c_int) != Entry::None {
-            conn::forget(fd as c_int);
+        gone(fd as c_int);
+    }
+}
+
+fn gone(fd: c_int) {
+    match fdtable::get(fd) {
+        Entry::Connection(_) => conn::forget(fd),
+        // An epoll instance has no entry.
+        Entry::None => register::closing(fd),
+        Entry::Listener(_) | Entry::Other => {
+            register::closing(fd);
+            conn::forget(fd);
         }
     }
 }

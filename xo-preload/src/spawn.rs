@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::{CStr, CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use once_cell::race::OnceBox;
 use xo_sys::raw;
@@ -19,6 +19,10 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 const READY_FD: i32 = 3;
 
 static BINARY: OnceBox<PathBuf> = OnceBox::new();
+/// Pause between two attempts, ns.
+const PAUSE_NS: u64 = 10_000_000_000;
+
+static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
 static INSECURE: AtomicBool = AtomicBool::new(false);
 
 /// Reads what is needed from the environment, at load.
@@ -48,9 +52,12 @@ fn own_path() -> Option<PathBuf> {
 /// Starts the daemon and waits until it is ready. Only root may; everybody else runs without.
 pub(crate) fn start_daemon() -> bool {
     let (Some(binary), Some(socket)) = (BINARY.get(), daemon::socket()) else { return false };
-    if raw::effective_user() != 0 {
+    let now = raw::monotonic().as_nanos() as u64;
+    if raw::effective_user() != 0 || now < NOT_BEFORE.load(Ordering::Relaxed) {
         return false;
     }
+    // A server with many listening sockets asks for each of them.
+    NOT_BEFORE.store(now + PAUSE_NS, Ordering::Relaxed);
     let Some(arguments) = arguments(binary, socket) else { return false };
     let environment = environment();
     let (Ok((ours, theirs)), Ok(null)) = (raw::pipe(), raw::open_null()) else { return false };

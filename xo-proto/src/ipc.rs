@@ -1,5 +1,5 @@
 //! Messages between the library and its machine's daemon, over a `SOCK_SEQPACKET` Unix socket: one message
-//! per packet, at most one descriptor with it.
+//! per packet, descriptors with it where stated.
 
 use std::net::SocketAddr;
 
@@ -26,10 +26,13 @@ pub enum ToDaemon {
     },
     /// Hand this connection over. Carries the connection's descriptor. The verdict comes in the slot.
     Offload(Offload),
-    /// This process accepts connections from the listening socket that this message carries.
+    /// This process accepts connections from the listening socket that this message carries as its first
+    /// descriptor.
     Register {
-        /// It waits for the listening socket with epoll, and has added our socket there: a delivery wakes it.
-        /// Otherwise the daemon wakes it with a loopback connection.
+        /// It waits for the listening socket with epoll and has added one end of a `SOCK_SEQPACKET` pair
+        /// there, on which it receives `Deliver`: the message carries the daemon's end and a duplicate of the
+        /// process's own (what is left in it when the process goes is delivered elsewhere). Otherwise the
+        /// daemon wakes it with a loopback connection.
         epoll: bool,
     },
     /// Blocking request: the connection just accepted from this local port is a wake-up; which restored
@@ -98,8 +101,6 @@ pub struct Deliver {
     pub delivery: u32,
     /// The client, for `accept`'s address argument.
     pub client: SocketAddr,
-    /// Port of the listening socket that it is to come out of.
-    pub listen_port: u16,
 }
 
 /// Outcome of an [`Offload`], kept in the slot.

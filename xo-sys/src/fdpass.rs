@@ -1,4 +1,4 @@
-//! Unix sequenced-packet sockets that carry one message and at most one descriptor per packet.
+//! Unix sequenced-packet sockets that carry one message per packet, and descriptors with it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -7,14 +7,16 @@ use std::path::Path;
 
 use crate::raw::{self, Fd, sys};
 
-/// Room for one descriptor, and for a few more so that surplus ones can be closed.
-const MAX_FDS: usize = 4;
+/// Most descriptors in a packet.
+pub const MAX_FDS: usize = 3;
+/// Room for one more, so that a surplus is noticed and closed.
+const ROOM: usize = MAX_FDS + 1;
 const CMSG_HEADER: usize = size_of::<libc::cmsghdr>();
 
 #[repr(C)]
 struct Control {
     header: libc::cmsghdr,
-    fds: [RawFd; MAX_FDS],
+    fds: [RawFd; ROOM],
 }
 
 /// Who is on the other end of a Unix socket, as the kernel vouches for it.
@@ -28,23 +30,25 @@ pub struct Credentials {
     pub gid: u32,
 }
 
-/// Sends one packet, with a descriptor if given. `flags` as for sendmsg(2); MSG_NOSIGNAL is added.
+/// Sends one packet with at most [`MAX_FDS`] descriptors. `flags` as for sendmsg(2); MSG_NOSIGNAL is added.
 ///
 /// # Errors
-/// Of sendmsg(2).
-pub fn send(sock: RawFd, bytes: &[u8], fd: Option<RawFd>, flags: i32) -> io::Result<()> {
+/// Of sendmsg(2); `InvalidInput` for too many descriptors.
+pub fn send(sock: RawFd, bytes: &[u8], fds: &[RawFd], flags: i32) -> io::Result<()> {
+    let mut passed = [-1; ROOM];
+    passed.get_mut(..fds.len()).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(fds);
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    let len = CMSG_HEADER + size_of::<RawFd>();
+    let len = CMSG_HEADER + size_of_val(fds);
     let control = Control {
         header: libc::cmsghdr { cmsg_len: len, cmsg_level: libc::SOL_SOCKET, cmsg_type: libc::SCM_RIGHTS },
-        fds: [fd.unwrap_or(-1); MAX_FDS],
+        fds: passed,
     };
     let mut message = empty_message();
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
-    if fd.is_some() {
+    if !fds.is_empty() {
         message.msg_control = (&raw const control).cast_mut().cast();
-        // CMSG_SPACE of one int.
+        // CMSG_SPACE.
         message.msg_controllen = len.next_multiple_of(size_of::<usize>());
     }
     loop {
@@ -56,16 +60,19 @@ pub fn send(sock: RawFd, bytes: &[u8], fd: Option<RawFd>, flags: i32) -> io::Res
     }
 }
 
-/// Receives one packet and its descriptor, if one came. A length of 0 means that the other end is gone.
+/// Descriptors that came with a packet.
+pub type Received = [Option<Fd>; MAX_FDS];
+
+/// Receives one packet and its descriptors, first ones first. A length of 0 means that the other end is gone.
 ///
 /// # Errors
-/// Of recvmsg(2); `InvalidData` for a packet longer than `buf` or with more than one descriptor (which are
-/// closed).
-pub fn recv(sock: RawFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, Option<Fd>)> {
+/// Of recvmsg(2); `InvalidData` for a packet longer than `buf` or with more than [`MAX_FDS`] descriptors
+/// (which are closed).
+pub fn recv(sock: RawFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, Received)> {
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let mut control = Control {
         header: libc::cmsghdr { cmsg_len: 0, cmsg_level: 0, cmsg_type: 0 },
-        fds: [-1; MAX_FDS],
+        fds: [-1; ROOM],
     };
     let mut message = empty_message();
     message.msg_iov = &raw mut iov;
@@ -84,12 +91,12 @@ pub fn recv(sock: RawFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, Optio
         && control.header.cmsg_type == libc::SCM_RIGHTS;
     let count = if rights { control.header.cmsg_len.saturating_sub(CMSG_HEADER) / size_of::<RawFd>() } else { 0 };
     let mut fds = control.fds.iter().take(count).map(|&fd| Fd::new(fd));
-    let first = fds.next();
+    let received = std::array::from_fn(|_| fds.next());
     let surplus = fds.count();
     if surplus > 0 || message.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    Ok((n, first))
+    Ok((n, received))
 }
 
 /// Connects to a listening socket. Does not block: a full backlog is an error.
@@ -124,6 +131,24 @@ pub fn listen(path: &Path, mode: u32) -> io::Result<Fd> {
     // SAFETY: numbers only.
     sys!(libc::SYS_listen, fd.as_raw_fd(), 128)?;
     Ok(fd)
+}
+
+/// Two connected sockets, non-blocking and close-on-exec.
+///
+/// # Errors
+/// Of socketpair(2).
+pub fn pair() -> io::Result<(Fd, Fd)> {
+    let mut ends = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: two numbers that live through the call and may be written.
+    sys!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, &raw mut ends)?;
+    Ok((Fd::new(ends[0]), Fd::new(ends[1])))
+}
+
+/// Nothing more is sent or received; what is in the queues can still be read.
+pub fn shut(fd: RawFd) {
+    // SAFETY: numbers only.
+    let _ = sys!(libc::SYS_shutdown, fd, libc::SHUT_RDWR);
 }
 
 /// Who is on the other end.
@@ -184,10 +209,10 @@ mod tests {
     fn a_descriptor_travels() {
         let (a, b, path) = pair("travels");
         let (mut reader, mut writer) = io::pipe().expect("a pipe");
-        send(a.as_raw_fd(), b"take this", Some(writer.as_raw_fd()), 0).expect("send");
-        send(a.as_raw_fd(), b"and nothing", None, 0).expect("send");
+        send(a.as_raw_fd(), b"take this", &[writer.as_raw_fd()], 0).expect("send");
+        send(a.as_raw_fd(), b"and nothing", &[], 0).expect("send");
         let mut buf = [0; 64];
-        let (n, fd) = recv(b.as_raw_fd(), &mut buf, 0).expect("recv");
+        let (n, [fd, ..]) = recv(b.as_raw_fd(), &mut buf, 0).expect("recv");
         assert_eq!(&buf[..n], b"take this");
         let mut theirs = std::fs::File::from(std::os::fd::OwnedFd::from(fd.expect("a descriptor")));
         theirs.write_all(b"x").expect("write");
@@ -196,7 +221,7 @@ mod tests {
         let mut text = String::new();
         reader.read_to_string(&mut text).expect("read");
         assert_eq!(text, "xy");
-        let (n, fd) = recv(b.as_raw_fd(), &mut buf, 0).expect("recv");
+        let (n, [fd, ..]) = recv(b.as_raw_fd(), &mut buf, 0).expect("recv");
         assert_eq!((&buf[..n], fd.is_none()), (&b"and nothing"[..], true));
         drop(a);
         assert_eq!(recv(b.as_raw_fd(), &mut buf, 0).expect("end").0, 0);
@@ -204,9 +229,22 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_that_is_shut_still_gives_what_is_in_it() {
+        let (a, b) = super::pair().expect("a pair");
+        send(a.as_raw_fd(), b"1", &[a.as_raw_fd(), b.as_raw_fd(), a.as_raw_fd()], 0).expect("send");
+        assert!(send(a.as_raw_fd(), b"2", &[0; 4], 0).is_err(), "too many");
+        shut(b.as_raw_fd());
+        let e = send(a.as_raw_fd(), b"3", &[], 0).expect_err("shut");
+        assert_eq!(e.kind(), io::ErrorKind::BrokenPipe);
+        let (n, fds) = recv(b.as_raw_fd(), &mut [0; 8], 0).expect("recv");
+        assert_eq!((n, fds.iter().flatten().count()), (1, 3));
+        assert_eq!(recv(b.as_raw_fd(), &mut [0; 8], 0).expect("end").0, 0);
+    }
+
+    #[test]
     fn a_long_packet_is_an_error_and_credentials_are_ours() {
         let (a, b, path) = pair("long");
-        send(a.as_raw_fd(), &[1; 100], None, 0).expect("send");
+        send(a.as_raw_fd(), &[1; 100], &[], 0).expect("send");
         let e = recv(b.as_raw_fd(), &mut [0; 10], 0).expect_err("too long");
         assert_eq!(e.kind(), io::ErrorKind::InvalidData);
         assert_eq!(peer_credentials(b.as_raw_fd()).expect("credentials").pid, std::process::id());
