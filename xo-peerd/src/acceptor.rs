@@ -311,7 +311,8 @@ impl Engine {
             self.acceptor_gone(number);
         }
         let had = |p: &Place| matches!(p, Place::Process { library, .. } if *library == (index, serial));
-        let keys: Vec<_> = self.served.iter().filter(|(_, s)| had(&s.place)).map(|(k, _)| k.clone()).collect();
+        let keys: Vec<_> =
+            self.served.iter().filter(|(_, s)| had(&s.place)).map(|(k, _)| k.clone()).collect();
         for key in keys {
             self.expect_end(&key);
         }

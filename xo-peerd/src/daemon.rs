@@ -1,12 +1,12 @@
 //! Puts the daemon together: interfaces, steering, sockets, then the event loop.
 
 use std::error::Error;
+use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::fs;
 
 use mio::Poll;
 use mio::net::TcpListener;
@@ -66,7 +66,8 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         .transpose()?;
     let published = Published::default();
     if let Some(address) = config.metrics {
-        metrics_http::serve(address, Arc::clone(&published)).map_err(|e| format!("metrics = \"{address}\": {e}"))?;
+        metrics_http::serve(address, Arc::clone(&published))
+            .map_err(|e| format!("metrics = \"{address}\": {e}"))?;
     }
     let hello = Hello {
         magic: MAGIC,

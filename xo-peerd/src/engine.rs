@@ -23,11 +23,11 @@ use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
 
+use crate::acceptor::{Acceptor, Waiting};
 use crate::config::Config;
 use crate::dial::Dial;
-use crate::acceptor::{Acceptor, Waiting};
-use crate::host::HostFlow;
 use crate::exec::Spawner;
+use crate::host::HostFlow;
 use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
@@ -134,7 +134,11 @@ impl Engine {
     /// Registers the listening sockets.
     pub(crate) fn new(mut parts: Parts) -> io::Result<Engine> {
         let registry = parts.poll.registry();
-        registry.register(&mut SourceFd(&parts.ipc_listener.as_raw_fd()), IPC_LISTENER, Interest::READABLE)?;
+        registry.register(
+            &mut SourceFd(&parts.ipc_listener.as_raw_fd()),
+            IPC_LISTENER,
+            Interest::READABLE,
+        )?;
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;

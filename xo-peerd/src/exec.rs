@@ -109,7 +109,8 @@ impl Spawner {
         let results = Arc::clone(&done);
         std::thread::Builder::new().name("xo-spawn".into()).spawn(move || {
             for job in todo {
-                let mut spawned = Spawned { node: job.node, id: job.id, result: Err(io::ErrorKind::Other.into()) };
+                let mut spawned =
+                    Spawned { node: job.node, id: job.id, result: Err(io::ErrorKind::Other.into()) };
                 spawned.result = spawn(&job.command, &job.environment, job.socket);
                 while let Err(back) = results.push(spawned) {
                     spawned = back;

@@ -37,15 +37,7 @@ impl Library {
     /// Takes over an accepted connection.
     pub(crate) fn new(socket: OwnedFd) -> io::Result<Library> {
         let who = fdpass::peer_credentials(socket.as_raw_fd())?;
-        Ok(Library {
-            socket,
-            pid: who.pid,
-            uid: who.uid,
-            serial: 0,
-            slots: None,
-            free: Vec::new(),
-            fresh: 0,
-        })
+        Ok(Library { socket, pid: who.pid, uid: who.uid, serial: 0, slots: None, free: Vec::new(), fresh: 0 })
     }
 
     /// For registration with the poller.
@@ -117,7 +109,9 @@ impl Engine {
     ) -> Result<(), String> {
         let greeted = self.libraries.get(index).is_some_and(|l| l.slots.is_some());
         match (message, fds) {
-            (ToDaemon::Hello { version, ticket }, [None, ..]) if !greeted => self.greet(index, version, ticket),
+            (ToDaemon::Hello { version, ticket }, [None, ..]) if !greeted => {
+                self.greet(index, version, ticket)
+            }
             (ToDaemon::Query(query), [None, ..]) => self.answer(index, query),
             (ToDaemon::Offload(offload), [Some(fd), None, None]) if greeted => {
                 self.on_offload(index, offload, fd);
@@ -150,11 +144,8 @@ impl Engine {
             return Err(detail);
         }
         let (slots, memory) = SlotTable::create().map_err(|e| format!("slot table: {e}"))?;
-        let welcome = FromDaemon::Welcome {
-            version: VERSION,
-            node: self.config.node.clone(),
-            ticket: self.ticket,
-        };
+        let welcome =
+            FromDaemon::Welcome { version: VERSION, node: self.config.node.clone(), ticket: self.ticket };
         library.send(&welcome, Some(memory.as_raw_fd())).map_err(|e| e.to_string())?;
         library.slots = Some(Rc::new(slots));
         library.serial = serial;

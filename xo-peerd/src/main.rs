@@ -98,7 +98,9 @@ fn main() -> ExitCode {
         Command::Run { config, embedded, socket, insecure, ready_fd } => {
             let config = match (config, socket) {
                 (Some(path), _) => Config::load(&path),
-                (None, socket) => Ok(Config::embedded(socket.unwrap_or_else(|| DEFAULT_SOCKET.into()), insecure)),
+                (None, socket) => {
+                    Ok(Config::embedded(socket.unwrap_or_else(|| DEFAULT_SOCKET.into()), insecure))
+                }
             };
             match config {
                 Ok(config) => (daemon::run(config, &RunOptions { embedded, ready_fd }), 1),

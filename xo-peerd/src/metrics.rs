@@ -230,16 +230,31 @@ impl Metrics {
         metric("xo_offloads_total", "counter", "Connections handed over.", &one(load(&self.offloads)));
         metric("xo_accepted_total", "counter", "Connections taken over.", &one(load(&self.accepted)));
         let refused = reasons(&self.refused);
-        metric("xo_refused_total", "counter", "Hand-offs not made, by reason.", &labelled("reason", &refused));
+        metric(
+            "xo_refused_total",
+            "counter",
+            "Hand-offs not made, by reason.",
+            &labelled("reason", &refused),
+        );
         let failed = reasons(&self.failed);
         metric("xo_failed_total", "counter", "Connections lost, by reason.", &labelled("reason", &failed));
         metric("xo_held_packets_total", "counter", "Packets held and replayed.", &one(load(&self.held)));
         let flows = [("hosted".to_owned(), live.flows_hosted), ("served".to_owned(), live.flows_served)];
-        metric("xo_flows", "gauge", "Connections offloaded from here, served here.", &labelled("role", &flows));
+        metric(
+            "xo_flows",
+            "gauge",
+            "Connections offloaded from here, served here.",
+            &labelled("role", &flows),
+        );
         metric("xo_flow_entries", "gauge", "Entries in the steering tables.", &one(live.flow_entries));
         metric("xo_packets_total", "counter", "Packets by path.", &labelled("path", &live.counters));
         metric("xo_library_total", "counter", "What libraries counted.", &labelled("event", &live.library));
-        metric("xo_handler_flows", "gauge", "Connections served, by handler.", &labelled("handler", &live.handlers));
+        metric(
+            "xo_handler_flows",
+            "gauge",
+            "Connections served, by handler.",
+            &labelled("handler", &live.handlers),
+        );
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let mut samples = Vec::new();
         for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
@@ -276,9 +291,12 @@ mod tests {
         let metrics = Metrics::new();
         metrics.offload(&Steps { queue_ns: 1000, total_ns: 50_000, ..Steps::default() });
         metrics.refused(Reason::NoHandler);
-        let live = Live { node: "t1".into(), flow_entries: 3, steering_mode: "tcx".into(), ..Live::default() };
+        let live =
+            Live { node: "t1".into(), flow_entries: 3, steering_mode: "tcx".into(), ..Live::default() };
         let v: Value = serde_json::from_str(&metrics.status_json(&live)).expect("JSON");
-        for key in ["node", "flows_active", "offloads_total", "returns_total", "refused_total", "failed_total"] {
+        for key in
+            ["node", "flows_active", "offloads_total", "returns_total", "refused_total", "failed_total"]
+        {
             assert!(v.get(key).is_some(), "{key}");
         }
         for key in ["mode", "hardware", "flow_entries", "queue_depth", "queue_cancelled"] {

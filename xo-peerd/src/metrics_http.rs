@@ -43,5 +43,8 @@ fn answer(mut stream: TcpStream, text: &Published) -> io::Result<()> {
     };
     let kind = "text/plain; version=0.0.4";
     let length = body.len();
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )
 }

@@ -173,7 +173,8 @@ impl Peer {
 
     fn greet(&mut self, hello: Hello) -> Result<(), PeerError> {
         if hello.magic != MAGIC || hello.version != VERSION {
-            let text = format!("the peer speaks version {} of the protocol, we speak {VERSION}", hello.version);
+            let text =
+                format!("the peer speaks version {} of the protocol, we speak {VERSION}", hello.version);
             return Err(PeerError::Hello(text));
         }
         if self.tls.as_ref().is_some_and(|c| !tls::peer_is(c, &hello.node)) {

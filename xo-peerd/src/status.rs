@@ -14,8 +14,8 @@ const PACKET: usize = 64 << 10;
 
 /// Asks the daemon and returns its JSON text.
 pub(crate) fn ask(socket: &Path, query: Query) -> Result<String, Box<dyn Error>> {
-    let fd = fdpass::connect(socket)
-        .map_err(|e| format!("no xo-peerd answers at {}: {e}", socket.display()))?;
+    let fd =
+        fdpass::connect(socket).map_err(|e| format!("no xo-peerd answers at {}: {e}", socket.display()))?;
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let n = encode_local(&ToDaemon::Query(query), &mut buffer)?;
     fdpass::send(fd.as_raw_fd(), &buffer[..n], &[], 0)?;

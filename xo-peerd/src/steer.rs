@@ -8,12 +8,13 @@ use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
-    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader, INGRESS_PROGRAM,
-    PATHS, REWRITES_MAP, RewriteEntry,
+    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader,
+    INGRESS_PROGRAM, PATHS, REWRITES_MAP, RewriteEntry,
 };
 
 /// Built by scripts/build-bpf.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../xo-bpf/obj/xo.bpf.o"));
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../xo-bpf/obj/xo.bpf.o"));
 
 /// `BPF_NOEXIST`: insert only.
 const NO_EXIST: u64 = 1;
@@ -56,8 +57,7 @@ impl Steer {
     pub(crate) fn load(interfaces: &[String], max_flows: u32, ring_bytes: u32) -> Result<Steer, SteerError> {
         let mut programs = load_object(max_flows, ring_bytes)?;
         let mut mode = "tcx";
-        for (name, hook) in
-            [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
+        for (name, hook) in [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
         {
             let program = classifier(&mut programs, name)?;
             program.load().map_err(|e| SteerError::Load(chain(&e)))?;
@@ -110,7 +110,12 @@ impl Steer {
     }
 
     /// Gives packets of a restored connection the host's source address.
-    pub(crate) fn rewrite(&mut self, key: &FlowKey, flow_id: u64, from: SocketAddr) -> Result<(), SteerError> {
+    pub(crate) fn rewrite(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        from: SocketAddr,
+    ) -> Result<(), SteerError> {
         let entry = RewriteEntry {
             flow_id,
             packets: 0,

@@ -10,10 +10,10 @@ use xo_proto::reason::Reason;
 use xo_proto::wire::{BeginOffload, Handed, HandoffId, PeerMessage, Refuse, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
 
+use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer};
-use crate::acceptor::Place;
 use crate::steer::{SteerError, flow_key};
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
@@ -365,11 +365,11 @@ impl Engine {
 /// The address to restore on: the listener's own if it has one, else ours of the client's family.
 fn specific(listener: IpAddr, client: SocketAddr, addresses: &[IpAddr]) -> Option<IpAddr> {
     let listener = listener.to_canonical();
-    let wildcard = listener == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || listener == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let wildcard =
+        listener == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || listener == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     if wildcard {
         addresses.iter().copied().find(|a| a.is_ipv4() == client.is_ipv4())
     } else {
         Some(listener)
     }
 }
-

@@ -103,7 +103,8 @@ fn hand_out(
     let low = raw::duplicate_low(fd, flags & libc::SOCK_CLOEXEC != 0).unwrap_or(socket);
     let fd = low.into_raw();
     if !address.is_null() && !len.is_null() {
-        raw::write_address(deliver.client, v6_listener, address, len);
+        // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
+        unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
     if conn::track(fd, Kind::Restored, deliver.delivery).is_none() {
         daemon::count(Reason::SlotsFull as usize);

@@ -153,7 +153,11 @@ impl Conn {
     /// Leaves the connection alone from now on.
     pub(crate) fn abandon(&self, reason: Reason) {
         let tracked = Kind::Tracked as u8;
-        if self.kind.compare_exchange(tracked, Kind::Passive as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        if self
+            .kind
+            .compare_exchange(tracked, Kind::Passive as u8, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+        {
             daemon::count(reason as usize);
         }
     }

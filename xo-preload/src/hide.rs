@@ -16,7 +16,8 @@ pub(crate) fn is_ours(fd: c_int) -> bool {
 pub(crate) fn make_way(fd: c_int) {
     if fd == daemon::fd()
         && fd >= 0
-        && let Ok(elsewhere) = raw::duplicate_from(fd, fd.saturating_add(1)).or_else(|_| raw::duplicate_from(fd, 3))
+        && let Ok(elsewhere) =
+            raw::duplicate_from(fd, fd.saturating_add(1)).or_else(|_| raw::duplicate_from(fd, 3))
     {
         daemon::replace_fd(elsewhere.into_raw());
         raw::close(fd);

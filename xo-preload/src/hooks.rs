@@ -1,11 +1,17 @@
 //! THE table: every function that is interposed. A hook marshals; the decision is in the file that it
 //! names. Untracked descriptors cost one load and one branch.
 
+#![expect(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each calls the original with the server's own arguments: whoever calls the hook has promised what the \
+              original demands"
+)]
+
 use std::time::Duration;
 
 use libc::{
-    c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr, msghdr, nfds_t, off_t, off64_t,
-    pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
+    c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr, msghdr, nfds_t, off_t,
+    off64_t, pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t, timespec, timeval,
 };
 use xo_proto::reason::Reason;
 
@@ -51,7 +57,8 @@ fn to_milliseconds(timeout: Option<Duration>) -> c_int {
 /// Null or a valid time.
 unsafe fn from_timespec(t: *const timespec) -> Option<Duration> {
     // SAFETY: the caller's promise.
-    unsafe { t.as_ref() }.map(|t| Duration::new(t.tv_sec.max(0) as u64, t.tv_nsec.clamp(0, 999_999_999) as u32))
+    unsafe { t.as_ref() }
+        .map(|t| Duration::new(t.tv_sec.max(0) as u64, t.tv_nsec.clamp(0, 999_999_999) as u32))
 }
 
 fn to_timespec(t: Duration) -> timespec {

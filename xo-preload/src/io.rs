@@ -165,7 +165,13 @@ fn for_each_piece(pieces: &[iovec], mut n: usize, mut each: impl FnMut(&[u8])) {
 }
 
 /// A read whose bytes never reach memory (splice); `call` takes the length.
-pub(crate) fn read_unseen(fd: c_int, index: u32, conn: &Conn, want: usize, call: impl Fn(usize) -> isize) -> isize {
+pub(crate) fn read_unseen(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    want: usize,
+    call: impl Fn(usize) -> isize,
+) -> isize {
     let piece = iovec { iov_base: std::ptr::null_mut(), iov_len: want };
     if matches!(conn.read().map(|h| h.tracker.allowed()), Some(Limit::Peek))
         && conn.read().is_some_and(|h| !h.tracker.at_boundary())

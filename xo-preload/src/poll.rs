@@ -55,9 +55,8 @@ pub(crate) fn wait(timeout: Option<Duration>, call: impl Fn(Option<Duration>) ->
         }
         let left = end.map(|e| e.saturating_sub(now));
         // A millisecond more: time limits in milliseconds are cut off.
-        let until_next = (next != 0).then(|| {
-            Duration::from_nanos(next).saturating_sub(now) + Duration::from_millis(1)
-        });
+        let until_next =
+            (next != 0).then(|| Duration::from_nanos(next).saturating_sub(now) + Duration::from_millis(1));
         let bounded = [left, until_next].into_iter().flatten().min();
         let result = call(bounded);
         if result != 0 || left.is_some_and(|l| bounded == Some(l)) {

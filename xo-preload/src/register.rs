@@ -95,7 +95,9 @@ impl Registration {
         let Some(ours) = daemon::out_of_the_way(ours) else { return };
         let listener = self.listener.load(Ordering::Relaxed);
         let passed = [listener, theirs.as_raw_fd(), ours.as_raw_fd()];
-        if epoll_ctl(epoll, libc::EPOLL_CTL_ADD, ours.as_raw_fd(), &event).is_ok() && daemon::register(&passed, true) {
+        if epoll_ctl(epoll, libc::EPOLL_CTL_ADD, ours.as_raw_fd(), &event).is_ok()
+            && daemon::register(&passed, true)
+        {
             self.channel.store(ours.into_raw(), Ordering::Release);
         }
     }

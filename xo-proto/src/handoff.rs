@@ -349,7 +349,11 @@ mod tests {
     #[test]
     fn host_sends_the_papers_order() {
         let mut events = BEGUN.to_vec();
-        events.extend([HostEvent::TargetReady { local: local(), still: true }, HostEvent::Handed, HostEvent::Closed]);
+        events.extend([
+            HostEvent::TargetReady { local: local(), still: true },
+            HostEvent::Handed,
+            HostEvent::Closed,
+        ]);
         let (state, actions) = host(&events);
         assert_eq!(state, HostState::Done);
         use HostAction::*;
@@ -396,13 +400,29 @@ mod tests {
     #[test]
     fn target_starts_only_after_host_ready() {
         use TargetEvent::*;
-        let (state, actions) =
-            target(&[Begin, Restored(Ok(())), Begin, HostReady, HostReady, Handed(Ok(())), SocketGone, ClosedAck]);
+        let (state, actions) = target(&[
+            Begin,
+            Restored(Ok(())),
+            Begin,
+            HostReady,
+            HostReady,
+            Handed(Ok(())),
+            SocketGone,
+            ClosedAck,
+        ]);
         assert_eq!(state, TargetState::Done);
         use TargetAction as A;
         assert_eq!(
             actions,
-            [A::Restore, A::SendReady, A::SendReady, A::Start, A::SendHanded, A::SendClosed, A::RemoveRewrite]
+            [
+                A::Restore,
+                A::SendReady,
+                A::SendReady,
+                A::Start,
+                A::SendHanded,
+                A::SendClosed,
+                A::RemoveRewrite
+            ]
         );
         let (state, actions) = target(&[Begin, Restored(Ok(())), Abort, HostReady]);
         assert_eq!((state, actions.last()), (TargetState::Done, Some(&A::Discard)));
@@ -431,7 +451,8 @@ mod tests {
             let taken = actions.iter().position(|a| *a == HostAction::TakeBack);
             let vacated = actions.iter().position(|a| *a == HostAction::Vacate);
             assert!(taken.is_none() || vacated.is_none(), "{events:?}: {actions:?}");
-            let verdicts = actions.iter().filter(|a| matches!(a, HostAction::Stay(_) | HostAction::Vacate)).count();
+            let verdicts =
+                actions.iter().filter(|a| matches!(a, HostAction::Stay(_) | HostAction::Vacate)).count();
             assert!(verdicts <= 1, "{events:?}: {actions:?}");
             let Some(i) = index.iter().rposition(|&i| i + 1 < alphabet.len()) else { break };
             index[i] += 1;

@@ -88,7 +88,8 @@ impl Layout {
         }
         let payload = tcp + usize::from(byte(tcp + 12)? >> 4) * 4;
         // An aggregate may be longer than its length field can say; padding may follow a short packet.
-        let end = if length == packet.len() || length < payload { packet.len() } else { length.min(packet.len()) };
+        let end =
+            if length == packet.len() || length < payload { packet.len() } else { length.min(packet.len()) };
         if payload < tcp + TCP_MIN || payload > packet.len() {
             return Err(PacketError::Truncated);
         }
@@ -230,7 +231,8 @@ mod tests {
 
     #[test]
     fn what_is_not_plain_tcp_is_refused() {
-        let fails = |p: &[u8], to| segments(p, 0, to, 1500, &mut |_| panic!("a segment")).expect_err("refused");
+        let fails =
+            |p: &[u8], to| segments(p, 0, to, 1500, &mut |_| panic!("a segment")).expect_err("refused");
         let good = v4(b"x", 0x10);
         for n in 0..52 {
             assert!(matches!(fails(&good[..n], None), PacketError::Truncated | PacketError::NotTcp), "{n}");

@@ -136,9 +136,12 @@ struct RawRule {
 
 impl Parts {
     fn build(self, text: &str) -> Result<Policy, PolicyError> {
-        if let Some(twice) = self.listen.iter().enumerate().find(|(i, p)| {
-            self.listen.iter().take(*i).any(|q| q.value == p.value)
-        }) {
+        if let Some(twice) = self
+            .listen
+            .iter()
+            .enumerate()
+            .find(|(i, p)| self.listen.iter().take(*i).any(|q| q.value == p.value))
+        {
             let message = format!("port {} stands twice in `listen`", twice.1.value);
             return Err(error_at(text, twice.1.offset, message));
         }
@@ -153,7 +156,8 @@ impl Parts {
                 }
                 let Some((_, address)) = self.targets.iter().find(|(n, _)| n.value == name.value) else {
                     let known = self.targets.iter().map(|(n, _)| n.value.as_str()).chain([LOCAL]);
-                    let message = format!("unknown target `{}`{}", name.value, suggestion(&name.value, known));
+                    let message =
+                        format!("unknown target `{}`{}", name.value, suggestion(&name.value, known));
                     return Err(error_at(text, name.offset, message));
                 };
                 targets.push(Target { name: name.value.clone(), address: *address });

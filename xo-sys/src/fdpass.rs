@@ -36,7 +36,8 @@ pub struct Credentials {
 /// Of sendmsg(2); `InvalidInput` for too many descriptors.
 pub fn send(sock: RawFd, bytes: &[u8], fds: &[RawFd], flags: i32) -> io::Result<()> {
     let mut passed = [-1; ROOM];
-    passed.get_mut(..fds.len()).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(fds);
+    let all = passed.get_mut(..MAX_FDS).and_then(|p| p.get_mut(..fds.len()));
+    all.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(fds);
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let len = CMSG_HEADER + size_of_val(fds);
     let control = Control {
@@ -70,10 +71,8 @@ pub type Received = [Option<Fd>; MAX_FDS];
 /// (which are closed).
 pub fn recv(sock: RawFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, Received)> {
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    let mut control = Control {
-        header: libc::cmsghdr { cmsg_len: 0, cmsg_level: 0, cmsg_type: 0 },
-        fds: [-1; ROOM],
-    };
+    let mut control =
+        Control { header: libc::cmsghdr { cmsg_len: 0, cmsg_level: 0, cmsg_type: 0 }, fds: [-1; ROOM] };
     let mut message = empty_message();
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
@@ -89,7 +88,8 @@ pub fn recv(sock: RawFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, Recei
     let rights = message.msg_controllen >= CMSG_HEADER
         && control.header.cmsg_level == libc::SOL_SOCKET
         && control.header.cmsg_type == libc::SCM_RIGHTS;
-    let count = if rights { control.header.cmsg_len.saturating_sub(CMSG_HEADER) / size_of::<RawFd>() } else { 0 };
+    let count =
+        if rights { control.header.cmsg_len.saturating_sub(CMSG_HEADER) / size_of::<RawFd>() } else { 0 };
     let mut fds = control.fds.iter().take(count).map(|&fd| Fd::new(fd));
     let received = std::array::from_fn(|_| fds.next());
     let surplus = fds.count();

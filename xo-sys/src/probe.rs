@@ -41,7 +41,9 @@ mod tests {
 
     #[test]
     fn releases_compare_by_number() {
-        assert!(at_least("6.18.44-fc-v782", (6, 7)) && at_least("6.7.0", (6, 7)) && at_least("10.0-rc1", (6, 7)));
+        assert!(
+            at_least("6.18.44-fc-v782", (6, 7)) && at_least("6.7.0", (6, 7)) && at_least("10.0-rc1", (6, 7))
+        );
         assert!(!at_least("6.1.0-13-amd64", (6, 7)) && !at_least("5.15", (6, 7)) && !at_least("", (6, 7)));
         assert_ne!(boot_id().expect("proc"), [0; 16]);
     }

@@ -55,6 +55,7 @@ macro_rules! sys {
         $crate::raw::sys!(@ $nr; $($arg as usize,)* 0_usize, 0_usize, 0_usize, 0_usize, 0_usize, 0_usize)
     };
     (@ $nr:expr; $a:expr, $b:expr, $c:expr, $d:expr, $e:expr, $f:expr $(, $rest:expr)*) => {
+        // SAFETY: the comment at each use says why its arguments are valid.
         $crate::raw::check(unsafe { $crate::raw::syscall6($nr, $a, $b, $c, $d, $e, $f) })
     };
 }
@@ -180,7 +181,8 @@ pub fn getsockopt<T: Copy>(fd: RawFd, level: i32, name: i32, value: &mut T) -> i
 pub fn map_private(size: usize) -> io::Result<*mut u8> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    sys!(libc::SYS_mmap, 0, size, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0).map(|a| a as *mut u8)
+    sys!(libc::SYS_mmap, 0, size, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0)
+        .map(|a| a as *mut u8)
 }
 
 /// A page that reads as zero in a child after fork (`MADV_WIPEONFORK`, Linux 4.14).
@@ -319,14 +321,17 @@ pub fn duplicate_low(fd: RawFd, cloexec: bool) -> io::Result<Fd> {
 }
 
 /// Writes an address as accept(2) does: truncated to `*len`, which then says how long it really is.
-pub fn write_address(
+///
+/// # Safety
+/// `*len` bytes at `to` may be written, and so may `len`.
+pub unsafe fn write_address(
     address: std::net::SocketAddr,
     v6_socket: bool,
     to: *mut libc::sockaddr,
     len: *mut libc::socklen_t,
 ) {
     let (raw, size) = crate::tcp_repair::RawAddress::new(address, v6_socket || address.is_ipv6());
-    // SAFETY: the application's accept() arguments: `*len` bytes at `to` may be written.
+    // SAFETY: the caller's promise.
     unsafe {
         let room = *len as usize;
         std::ptr::copy_nonoverlapping((&raw const raw).cast::<u8>(), to.cast::<u8>(), room.min(size));

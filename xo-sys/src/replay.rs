@@ -25,9 +25,9 @@ impl RawSender {
     pub fn new() -> io::Result<RawSender> {
         let v4 = socket(libc::AF_INET)?;
         raw::setsockopt(v4.as_raw_fd(), libc::IPPROTO_IP, libc::IP_HDRINCL, &1_i32)?;
-        let v6 = socket(libc::AF_INET6).ok().filter(|fd| {
-            raw::setsockopt(fd.as_raw_fd(), libc::IPPROTO_IPV6, IPV6_HDRINCL, &1_i32).is_ok()
-        });
+        let v6 = socket(libc::AF_INET6)
+            .ok()
+            .filter(|fd| raw::setsockopt(fd.as_raw_fd(), libc::IPPROTO_IPV6, IPV6_HDRINCL, &1_i32).is_ok());
         Ok(RawSender { v4, v6 })
     }
 

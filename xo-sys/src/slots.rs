@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use memfd::{FileSeal, MemfdOptions};
 use xo_proto::slot::{
-    COUNTERS, DELIVERIES, DELIVERY_CLOSED, DELIVERY_FREE, DELIVERY_OPEN, FREE, MAGIC, PENDING, SLOTS, WAKE_PORTS,
+    COUNTERS, DELIVERIES, DELIVERY_CLOSED, DELIVERY_FREE, DELIVERY_OPEN, FREE, MAGIC, PENDING, SLOTS,
+    WAKE_PORTS,
 };
 
 use crate::raw::{self, Fd};
@@ -194,9 +195,10 @@ impl SlotTable {
     }
 
     fn swap_wake_port(&self, from: u16, to: u16) -> bool {
-        self.get().wake_ports.iter().any(|p| {
-            p.compare_exchange(from.into(), to.into(), Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        })
+        self.get()
+            .wake_ports
+            .iter()
+            .any(|p| p.compare_exchange(from.into(), to.into(), Ordering::AcqRel, Ordering::Relaxed).is_ok())
     }
 }
 

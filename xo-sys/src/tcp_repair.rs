@@ -90,15 +90,17 @@ pub fn resume(fd: RawFd) -> io::Result<()> {
     reuse_address(fd)
 }
 
-/// Empties a dumped socket in place: unhashed without a packet, it looks like an aborted connection to
-/// whoever holds a descriptor.
+/// Empties a dumped socket in place: unhashed without a packet, it looks like a connection that has ended to
+/// whoever holds a descriptor (EPOLLHUP, writes give EPIPE).
 ///
 /// # Errors
-/// Of connect(2) and setsockopt(2).
+/// Of connect(2), getsockopt(2) and setsockopt(2).
 pub fn vacate(fd: RawFd) -> io::Result<()> {
     let nothing = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
     // SAFETY: the address lives through the call.
     sys!(libc::SYS_connect, fd, &raw const nothing, size_of::<libc::sockaddr>())?;
+    // tcp_disconnect leaves ECONNABORTED, which a server would log as an error of its client's; reading clears it.
+    raw::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, &mut 0_i32)?;
     set(fd, libc::TCP_REPAIR, OFF_NO_PROBE)
 }
 

@@ -140,8 +140,16 @@ pub const PATHS: u32 = 10;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
-    "ingress_miss", "held", "hold_dropped", "redirected", "redirect_failed", "reused", "unparsed", "egress_miss",
-    "rewritten", "rewrite_failed",
+    "ingress_miss",
+    "held",
+    "hold_dropped",
+    "redirected",
+    "redirect_failed",
+    "reused",
+    "unparsed",
+    "egress_miss",
+    "rewritten",
+    "rewrite_failed",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);

@@ -73,7 +73,9 @@ impl Chunked {
             (Chunked::DataLf, b'\n') => Chunked::new(),
             (Chunked::Trailer { line: 0, .. }, b'\n') => Chunked::Done,
             (Chunked::Trailer { seen, .. }, b'\n') => Chunked::Trailer { line: 0, seen, cr: false },
-            (Chunked::Trailer { cr: true, .. } | Chunked::Trailer { seen: MAX_LINE.., .. }, _) => Chunked::Bad,
+            (Chunked::Trailer { cr: true, .. } | Chunked::Trailer { seen: MAX_LINE.., .. }, _) => {
+                Chunked::Bad
+            }
             (Chunked::Trailer { line, seen, cr: false }, b'\r') => Chunked::Trailer { line, seen, cr: true },
             (Chunked::Trailer { line, seen, .. }, _) => {
                 Chunked::Trailer { line: line.saturating_add(1), seen: seen + 1, cr: false }

@@ -184,9 +184,9 @@ impl<'b> RequestHead<'b> {
 
     fn split_target(&mut self) {
         let mut rest = self.target;
-        let scheme = ["http://", "https://"].iter().find(|s| {
-            rest.get(..s.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(s))
-        });
+        let scheme = ["http://", "https://"]
+            .iter()
+            .find(|s| rest.get(..s.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(s)));
         if let Some(authority) = scheme.and_then(|s| rest.get(s.len()..)) {
             let end = authority.find(['/', '?']).unwrap_or(authority.len());
             self.host = authority.get(..end);
@@ -285,7 +285,9 @@ impl RequestTracker {
     pub fn consumed(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let n = match self {
-                RequestTracker::Left(n) | RequestTracker::ChunkedHead(n) => (*n).min(bytes.len() as u64) as usize,
+                RequestTracker::Left(n) | RequestTracker::ChunkedHead(n) => {
+                    (*n).min(bytes.len() as u64) as usize
+                }
                 RequestTracker::ChunkedBody(ChunkedBody(body)) => {
                     let n = body.follow(bytes);
                     *self = match *body {

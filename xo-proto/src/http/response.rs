@@ -70,7 +70,13 @@ pub struct ResponseTracker {
 
 impl Default for ResponseTracker {
     fn default() -> Self {
-        ResponseTracker { state: State::Head, outstanding: 0, head_bits: 0, connect_bits: 0, piece: Vec::new() }
+        ResponseTracker {
+            state: State::Head,
+            outstanding: 0,
+            head_bits: 0,
+            connect_bits: 0,
+            piece: Vec::new(),
+        }
     }
 }
 

@@ -27,7 +27,9 @@ fn heads_are_read() {
     assert_eq!((h.method, h.path, h.query, h.host), ("GET", "/a/b", Some("x=1"), Some("example.org:80")));
     assert_eq!((h.len, h.body, h.close, h.upgrade, h.minor), (53, Body::None, false, false, 1));
     assert_eq!(h.header("x").collect::<Vec<_>>(), [b"y"]);
-    let h = complete(b"POST http://other/up?q HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n");
+    let h = complete(
+        b"POST http://other/up?q HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n",
+    );
     assert_eq!((h.path, h.host, h.body, h.expect_continue), ("/up", Some("other"), Body::Length(5), true));
     let h = complete(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nConnection: foo, Close\r\n\r\n");
     assert_eq!((h.body, h.close), (Body::Chunked, true));
@@ -52,7 +54,11 @@ fn ambiguity_is_refused() {
         "Host: a\r\nHost: b\r\n",
         "A: b\n",
     ] {
-        assert_eq!(refused(&format!("POST / HTTP/1.1\r\n{fields}\r\n")), Reason::AmbiguousFraming, "{fields:?}");
+        assert_eq!(
+            refused(&format!("POST / HTTP/1.1\r\n{fields}\r\n")),
+            Reason::AmbiguousFraming,
+            "{fields:?}"
+        );
     }
     assert_eq!(refused("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"), Reason::AmbiguousFraming);
 }
@@ -131,7 +137,10 @@ fn responses_that_end_http() {
     assert_eq!(wrote("HTTP/1.1 200 OK\r\n\r\n", Method::Connect), Progress::Upgraded);
     assert_eq!(wrote("SSH-2.0-x\r\n", o), Progress::Unknown);
     assert_eq!(wrote("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz", o), Progress::Unknown);
-    assert_eq!(wrote("HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", o), Progress::Unknown);
+    assert_eq!(
+        wrote("HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", o),
+        Progress::Unknown
+    );
     let mut t = ResponseTracker::default();
     t.wrote(b"HTTP/1.1 408 Request Time-out\r\n\r\n");
     assert_eq!(t.progress(), Progress::UntilClose);

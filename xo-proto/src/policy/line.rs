@@ -79,7 +79,7 @@ fn condition(text: &str) -> Result<Condition, String> {
 }
 
 /// Non-empty, trimmed pieces of `part`, which begins at byte `start` of the variable, with their offsets.
-fn items<'t>(start: usize, part: &'t str, separator: char) -> impl Iterator<Item = At<&'t str>> {
+fn items(start: usize, part: &str, separator: char) -> impl Iterator<Item = At<&str>> {
     let mut offset = start;
     part.split(separator).filter_map(move |piece| {
         let begin = offset + (piece.len() - piece.trim_start().len());

@@ -29,7 +29,9 @@ impl Policy {
         let path = normalised(head.path);
         let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
         match found {
-            Some((rule, r)) if !r.local && !r.targets.is_empty() && r.targets.iter().all(|t| t.name != node) => {
+            Some((rule, r))
+                if !r.local && !r.targets.is_empty() && r.targets.iter().all(|t| t.name != node) =>
+            {
                 Decision::To { rule, targets: &r.targets, handler: &r.handler }
             }
             _ => Decision::Local,

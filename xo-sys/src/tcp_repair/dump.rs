@@ -7,9 +7,9 @@ use xo_proto::conn::{ConnRecord, SockOptions, TcpState, Timestamps, Window};
 use xo_proto::reason::Reason;
 
 use super::{
-    ESTABLISHED, ON, OPT_SACK, OPT_TIMESTAMPS, OPT_USEC_TS, OPT_WSCALE, RECV_QUEUE, RepairError, RepairWindow,
-    SEND_QUEUE, SIOCOUTQNSD, SO_BUF_LOCK, Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo, address_of, get_u32, resume,
-    set,
+    ESTABLISHED, ON, OPT_SACK, OPT_TIMESTAMPS, OPT_USEC_TS, OPT_WSCALE, RECV_QUEUE, RepairError,
+    RepairWindow, SEND_QUEUE, SIOCOUTQNSD, SO_BUF_LOCK, Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo,
+    address_of, get_u32, resume, set,
 };
 use crate::raw::{self, sys};
 

@@ -101,7 +101,8 @@ fn restore_at(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<
         rcv_wnd: w.rcv_wnd,
         rcv_wup: w.rcv_wup,
     };
-    raw::setsockopt(raw_fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &window).step("TCP_REPAIR_WINDOW", failed)?;
+    raw::setsockopt(raw_fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &window)
+        .step("TCP_REPAIR_WINDOW", failed)?;
     let local = if bind.port() == 0 {
         address_of(raw_fd, libc::SYS_getsockname).step("getsockname", failed)?.0
     } else {
@@ -198,7 +199,8 @@ fn defaults() -> Option<&'static Defaults> {
             let fd = Fd::new(fd as RawFd);
             let mut d = Defaults { rcvbuf: 0, congestion: [0; 16] };
             raw::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &mut d.rcvbuf).ok()?;
-            raw::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut d.congestion).ok()?;
+            raw::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut d.congestion)
+                .ok()?;
             Some(d)
         })
         .as_ref()
@@ -209,7 +211,8 @@ fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
     let o = &record.options;
     let default = defaults().map_or(0, |d| d.rcvbuf);
     let received = record.tcp.received.len() as u32;
-    let wanted = if received as usize > SMALL_QUEUE { o.rcvbuf.max(received.saturating_mul(3)) } else { o.rcvbuf };
+    let wanted =
+        if received as usize > SMALL_QUEUE { o.rcvbuf.max(received.saturating_mul(3)) } else { o.rcvbuf };
     if wanted > default || o.buf_lock & 2 != 0 {
         // The kernel doubles what it is given.
         raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(wanted / 2))?;

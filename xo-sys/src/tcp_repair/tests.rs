@@ -225,5 +225,9 @@ fn options_travel() {
     assert_eq!(int(libc::SOL_SOCKET, libc::SO_REUSEADDR), 1);
     assert_eq!(int(libc::IPPROTO_IP, libc::IP_TOS), 0x10);
     assert_eq!(int(libc::SOL_SOCKET, libc::SO_SNDBUF), 100_000);
-    assert_eq!(int(libc::SOL_SOCKET, SO_BUF_LOCK), 1, "the receive buffer grows by itself, the send buffer does not");
+    assert_eq!(
+        int(libc::SOL_SOCKET, SO_BUF_LOCK),
+        1,
+        "the receive buffer grows by itself, the send buffer does not"
+    );
 }
