@@ -1,1 +1,15 @@
-//! Test support.
+//! A bed of namespaces with real servers under the library, and clients that compare every byte.
+//!
+//! Each test raises its own bed; dropping it takes everything down, also when the test fails, and then shows what
+//! the programs in it had to say.
+
+pub mod bed;
+pub mod client;
+pub mod content;
+pub mod counters;
+pub mod load;
+pub mod program;
+pub mod servers;
+
+pub use bed::Bed;
+pub use client::{Connection, Response};

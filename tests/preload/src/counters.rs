@@ -1,0 +1,76 @@
+//! The kernel's own counters of a namespace.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use crate::Bed;
+
+/// TCP counters of `/proc/net/snmp` and `/proc/net/netstat`, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Counters(BTreeMap<String, i64>);
+
+impl Counters {
+    /// Those of the calling thread's namespace.
+    ///
+    /// # Panics
+    /// When /proc is not readable.
+    #[must_use]
+    pub fn here() -> Counters {
+        let mut all = BTreeMap::new();
+        for file in ["snmp", "netstat"] {
+            let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).expect("counters");
+            let lines: Vec<_> = text.lines().collect();
+            for pair in lines.chunks(2).filter(|p| p[0].starts_with("Tcp")) {
+                let values = pair[1].split_whitespace().skip(1).filter_map(|v| v.parse().ok());
+                all.extend(pair[0].split_whitespace().skip(1).map(str::to_owned).zip(values));
+            }
+        }
+        Counters(all)
+    }
+
+    /// Those of all nodes of a bed, added up.
+    #[must_use]
+    pub fn of(bed: &Bed) -> Counters {
+        let mut sum = Counters::default();
+        for node in bed.nodes() {
+            for (name, value) in bed.on(&node, Counters::here).0 {
+                *sum.0.entry(name).or_default() += value;
+            }
+        }
+        sum
+    }
+
+    /// What has been counted since `earlier`.
+    #[must_use]
+    pub fn since(&self, earlier: &Counters) -> Counters {
+        Counters(self.0.iter().map(|(k, v)| (k.clone(), v - earlier.get(k))).collect())
+    }
+
+    /// One counter; 0 if the kernel has none of this name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> i64 {
+        self.0.get(name).copied().unwrap_or_default()
+    }
+
+    /// Resets sent.
+    #[must_use]
+    pub fn resets(&self) -> i64 {
+        self.get("OutRsts")
+    }
+
+    /// Segments sent again.
+    #[must_use]
+    pub fn retransmissions(&self) -> i64 {
+        self.get("RetransSegs")
+    }
+
+    /// Counters that are not zero and whose name says that something went wrong.
+    #[must_use]
+    pub fn troubles(&self) -> String {
+        let bad =
+            ["Retrans", "Timeout", "Rst", "Drop", "Abort", "PAWS", "Loss", "OFO", "Err", "Challenge", "Zero"];
+        let is_bad = |name: &str| bad.iter().any(|b| name.contains(b));
+        let all = self.0.iter().filter(|(k, v)| **v != 0 && is_bad(k));
+        all.map(|(k, v)| format!("{k} {v}")).collect::<Vec<_>>().join(", ")
+    }
+}

@@ -1,0 +1,132 @@
+//! A process of a test: started in a namespace, killed with its descendants when dropped.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A running program, leader of its own process group.
+#[derive(Debug)]
+pub struct Program {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+/// Makes a command start in a network namespace.
+pub fn enter(command: &mut Command, namespace: &File) {
+    let namespace = namespace.try_clone().expect("a duplicate");
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // Not even a killed test leaves a server behind.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+}
+
+impl Program {
+    /// Starts `command`, its output going to `log`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start(name: &str, namespace: &File, log: &Path, command: &mut Command) -> Program {
+        let out = File::options().create(true).append(true).open(log).expect("a log file");
+        enter(command, namespace);
+        command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().expect("a duplicate"))
+            .stderr(out)
+            .process_group(0);
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        Program { name: name.into(), child, log: log.to_owned() }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// It and all its descendants that are alive.
+    #[must_use]
+    pub fn processes(&self) -> Vec<u32> {
+        let mut all = vec![self.pid()];
+        let mut next = 0;
+        while next < all.len() {
+            let children = format!("/proc/{0}/task/{0}/children", all[next]);
+            let text = fs::read_to_string(children).unwrap_or_default();
+            all.extend(text.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+            next += 1;
+        }
+        all
+    }
+
+    /// Open descriptors of it and its descendants.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        let count = |pid: &u32| fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
+        self.processes().iter().map(count).sum()
+    }
+
+    /// What it has written.
+    #[must_use]
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Is it still running?
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: numbers only.
+        unsafe { libc::kill(self.pid() as i32, signal) };
+    }
+
+    /// Tells it to stop and waits; its exit code, if it has one.
+    ///
+    /// # Panics
+    /// When it does not stop in time.
+    pub fn stop(&mut self) -> Option<i32> {
+        self.signal(libc::SIGTERM);
+        let mut status = None;
+        let ended = wait_for(Duration::from_secs(10), || {
+            status = self.child.try_wait().ok().flatten();
+            status.is_some()
+        });
+        assert!(ended, "{} does not stop", self.name);
+        status.and_then(|s| s.code())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: numbers only; the group is the child's own.
+        unsafe { libc::kill(-(self.pid() as i32), libc::SIGKILL) };
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until `done`; false when it did not come true in time.
+pub fn wait_for(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() > end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
