@@ -171,6 +171,11 @@ impl Engine {
         Some((number, address))
     }
 
+    /// How many listening sockets on a port take restored connections.
+    pub(crate) fn acceptors_on(&self, port: u16) -> u64 {
+        self.acceptors.iter().filter(|(_, a)| a.address.port() == port).count() as u64
+    }
+
     /// Gives a live connection to the process it was restored for, or to another that listens there.
     pub(crate) fn attach(
         &mut self,

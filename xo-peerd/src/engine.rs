@@ -378,7 +378,7 @@ impl Engine {
     fn on_peer_message(&mut self, index: usize, message: PeerMessage) {
         match message {
             PeerMessage::BeginOffload(begin) => self.on_begin(index, begin),
-            PeerMessage::HostReady(id) => self.on_host_ready(index, id),
+            PeerMessage::HostReady(ready) => self.on_host_ready(index, &ready),
             PeerMessage::Abort(id) => self.on_abort(index, id),
             PeerMessage::ClosedAck(id) => self.on_closed_ack(index, id),
             PeerMessage::TargetReady(ready) => self.on_target_ready(&ready),

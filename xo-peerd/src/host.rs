@@ -11,7 +11,7 @@ use xo_proto::handoff::{Host, HostAction, HostEvent, HostState};
 use xo_proto::ipc::Offload;
 use xo_proto::reason::Reason;
 use xo_proto::slot;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, PeerMessage, Refuse, TargetReady};
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair;
 
@@ -219,7 +219,8 @@ impl Engine {
             HostAction::SendBegin => self.send_begin(id),
             HostAction::Redirect(to) => return self.redirect(id, to),
             HostAction::SendHostReady => {
-                self.send_about(id, &PeerMessage::HostReady(id));
+                let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
+                self.send_about(id, &PeerMessage::HostReady(HostReady { id, elapsed_ns }));
                 if let Some(flow) = self.hosted.get_mut(&id) {
                     flow.times.sent_ready = now_ns();
                 }
@@ -266,7 +267,8 @@ impl Engine {
     fn send_begin(&mut self, id: HandoffId) {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
         let Some(record) = flow.record.take() else { return };
-        let begin = BeginOffload { id, handler: flow.handler.clone(), record: *record };
+        let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
+        let begin = BeginOffload { id, handler: flow.handler.clone(), record: *record, elapsed_ns };
         let message = PeerMessage::BeginOffload(begin);
         self.send_about(id, &message);
         let PeerMessage::BeginOffload(begin) = message else { return };
@@ -325,7 +327,7 @@ impl Engine {
         log::warn!("{} was lost on its way to {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
         let Some(record) = &flow.record else { return };
-        match tcp_repair::restore(record, flow.local, false) {
+        match tcp_repair::restore(record, flow.local, false, Duration::ZERO) {
             Ok(socket) => {
                 if let Err(e) = socket.reset() {
                     log::error!("resetting {}: {e}", flow.client);

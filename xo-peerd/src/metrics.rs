@@ -82,6 +82,8 @@ pub(crate) struct Live {
     pub(crate) peers: Vec<PeerView>,
     /// Connections served, by handler.
     pub(crate) handlers: Vec<(String, u64)>,
+    /// Listening sockets of processes that take connections, by `attach` handler.
+    pub(crate) acceptors: Vec<(String, u64)>,
 }
 
 /// The daemon's own counters.
@@ -185,6 +187,7 @@ impl Metrics {
             },
             "library": object(&live.library),
             "handlers": object(&live.handlers),
+            "acceptors": object(&live.acceptors),
             "peers": peers,
         })
         .to_string()
@@ -254,6 +257,12 @@ impl Metrics {
             "gauge",
             "Connections served, by handler.",
             &labelled("handler", &live.handlers),
+        );
+        metric(
+            "xo_handler_acceptors",
+            "gauge",
+            "Listening sockets of processes that take connections, by handler.",
+            &labelled("handler", &live.acceptors),
         );
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let mut samples = Vec::new();

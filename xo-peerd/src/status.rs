@@ -50,6 +50,11 @@ pub(crate) fn table(status: &Value) -> String {
     for peer in status["peers"].as_array().into_iter().flatten() {
         line("peer", format!("{} {} {}", text(&peer["node"]), text(&peer["address"]), text(&peer["state"])));
     }
+    for (name, n) in status["handlers"].as_object().into_iter().flatten() {
+        let acceptors =
+            status["acceptors"].get(name).map_or_else(String::new, |a| format!(", {a} listening sockets"));
+        line("handler", format!("{name}: {n} connections{acceptors}"));
+    }
     let times = &status["handoff_us"];
     line("hand-off time, µs", format!("{:>8} {:>8}", "p50", "p99"));
     for step in ["queue", "block", "dump", "transfer", "restore", "rewrite", "redirect", "ready"] {

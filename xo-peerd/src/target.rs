@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use xo_bpf_abi::FlowKey;
 use xo_proto::handoff::{Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::reason::Reason;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, PeerMessage, Refuse, TargetReady};
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Refuse, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
 
 use crate::acceptor::Place;
@@ -47,6 +47,8 @@ pub(crate) struct Served {
     ready: Option<TargetReady>,
     begun_ns: u64,
     host_ready_ns: u64,
+    /// From dump to `HOST_READY`.
+    elapsed: Duration,
     refusal: String,
 }
 
@@ -80,6 +82,7 @@ impl Engine {
                 ready: None,
                 begun_ns,
                 host_ready_ns: 0,
+                elapsed: Duration::ZERO,
                 refusal: String::new(),
                 begin: Some(Box::new(begin)),
             };
@@ -89,11 +92,13 @@ impl Engine {
     }
 
     /// `HOST_READY`.
-    pub(crate) fn on_host_ready(&mut self, index: usize, id: HandoffId) {
+    pub(crate) fn on_host_ready(&mut self, index: usize, message: &HostReady) {
+        let id = message.id;
         let Some(node) = self.node_of(index) else { return };
         let key = (node, id);
         if let Some(served) = self.served.get_mut(&key) {
             served.host_ready_ns = now_ns();
+            served.elapsed = Duration::from_nanos(message.elapsed_ns);
             self.target_event(&key, &TargetEvent::HostReady);
         } else {
             // Restored here once, given up since (time limit, restart): the host must tell the client.
@@ -161,6 +166,10 @@ impl Engine {
                 if let Some(ready) = self.served.get(key).and_then(|s| s.ready.clone()) {
                     self.send_to_host(key, &PeerMessage::TargetReady(ready));
                 }
+                // While the host checks and redirects.
+                if let Some(restored) = self.served.get(key).and_then(|s| s.restored.as_ref()) {
+                    restored.apply_options();
+                }
                 self.at(Instant::now() + PATIENCE, Timer::TargetDeadline(key.clone()));
             }
             TargetAction::Refuse(reason) => {
@@ -226,7 +235,8 @@ impl Engine {
             return Err(Reason::TargetUnwilling);
         };
         let t0 = now_ns();
-        let restored = tcp_repair::restore(&begin.record, bind, v6_socket).map_err(|e| {
+        let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(served.begun_ns));
+        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed).map_err(|e| {
             served.refusal = e.to_string();
             Reason::RestoreFailed
         })?;
@@ -263,7 +273,7 @@ impl Engine {
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
         // A response follows at once, so no window probe is needed.
-        let socket = match restored.start(false) {
+        let socket = match restored.start(false, served.elapsed) {
             Ok(socket) => OwnedFd::from(socket),
             Err(e) => {
                 log::error!("starting the connection of {client}: {e}");

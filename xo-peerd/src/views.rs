@@ -6,6 +6,7 @@ use xo_proto::handoff::{HostState, TargetState};
 use xo_proto::reason::ALL;
 use xo_proto::slot::Counter;
 
+use crate::config::{Handler, HandlerMode};
 use crate::engine::Engine;
 use crate::metrics::{Live, PeerView};
 
@@ -34,6 +35,7 @@ impl Engine {
             library: self.library_counters(),
             peers: self.peer_views(),
             handlers: self.handler_views(),
+            acceptors: self.acceptor_views(),
         }
     }
 
@@ -96,5 +98,13 @@ impl Engine {
     fn handler_views(&self) -> Vec<(String, u64)> {
         let count = |name: &str| self.served.values().filter(|s| s.handler == name).count() as u64;
         self.config.handlers.iter().map(|h| (h.name.clone(), count(&h.name))).collect()
+    }
+
+    fn acceptor_views(&self) -> Vec<(String, u64)> {
+        let attached = |h: &Handler| match h.mode {
+            HandlerMode::Attach { port } => Some((h.name.clone(), self.acceptors_on(port))),
+            HandlerMode::Exec { .. } => None,
+        };
+        self.config.handlers.iter().filter_map(attached).collect()
     }
 }

@@ -31,7 +31,7 @@ pub enum PeerMessage {
     /// Target to host: not here; the host serves the request itself.
     Refuse(Refuse),
     /// Host to target: packets come to you from now on; serve the request (`HOST_READY`).
-    HostReady(HandoffId),
+    HostReady(HostReady),
     /// Host to target: forget it; sent only while the host has not redirected the flow.
     Abort(HandoffId),
     /// Target to host: the handler has the socket.
@@ -70,6 +70,18 @@ pub struct BeginOffload {
     pub handler: String,
     /// The connection.
     pub record: ConnRecord,
+    /// Time from the dump to this message, ns.
+    pub elapsed_ns: u64,
+}
+
+/// Packets come to the target from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HostReady {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// Time since the dump, ns. The timestamp clock goes on by as much: the emptied socket may have sent an
+    /// acknowledgement meanwhile, and the client drops what looks older (RFC 7323, 5.3).
+    pub elapsed_ns: u64,
 }
 
 /// `TARGET_READY`.

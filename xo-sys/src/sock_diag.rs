@@ -11,6 +11,8 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const ALL_STATES: u32 = u32::MAX;
+/// include/net/tcp_states.h.
+const TCP_LISTEN: u8 = 10;
 const NO_COOKIE: u32 = u32::MAX;
 
 /// `struct inet_diag_sockid`; ports and addresses in network byte order.
@@ -107,7 +109,8 @@ impl TcpLookup {
             let kind = u16::from_ne_bytes([answer[4], answer[5]]);
             return match kind {
                 // struct inet_diag_msg: family, state, ...
-                SOCK_DIAG_BY_FAMILY => Ok(answer.get(17).copied()),
+                // Where there is no connection any more, the kernel shows the listener that a SYN would reach.
+                SOCK_DIAG_BY_FAMILY => Ok(answer.get(17).copied().filter(|state| *state != TCP_LISTEN)),
                 NLMSG_ERROR => match -(word(16) as i32) {
                     libc::ENOENT => Ok(None),
                     0 => Err(io::ErrorKind::InvalidData.into()),
@@ -152,6 +155,14 @@ mod tests {
         drop(client);
         assert_eq!(lookup.state(local, remote).expect("lookup"), Some(TIME_WAIT), "the server closed first");
         assert_eq!(lookup.state(remote, local).expect("lookup"), None, "the client is gone");
+
+        let mut client = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+        let (mut server, remote) = listener.accept().expect("accept");
+        client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+        server.read_to_end(&mut Vec::new()).expect("the end");
+        drop(server);
+        client.read_to_end(&mut Vec::new()).expect("the end");
+        assert_eq!(lookup.state(local, remote).expect("lookup"), None, "the listener is no connection");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fs;
 
 use crate::Bed;
 
-/// TCP counters of `/proc/net/snmp` and `/proc/net/netstat`, by name.
+/// TCP counters of `/proc/net/snmp` and `/proc/net/netstat`, by name; with the node before it for those of a bed.
 #[derive(Clone, Debug, Default)]
 pub struct Counters(BTreeMap<String, i64>);
 
@@ -28,28 +28,32 @@ impl Counters {
         Counters(all)
     }
 
-    /// Those of all nodes of a bed, added up.
+    /// Those of all nodes of a bed, added up; trouble is told by node.
     #[must_use]
     pub fn of(bed: &Bed) -> Counters {
-        let mut sum = Counters::default();
-        for node in bed.nodes() {
-            for (name, value) in bed.on(&node, Counters::here).0 {
-                *sum.0.entry(name).or_default() += value;
-            }
-        }
-        sum
+        let each = bed.nodes().into_iter().flat_map(|node| {
+            let here = bed.on(&node, Counters::here).0;
+            here.into_iter().map(move |(name, value)| (format!("{node} {name}"), value))
+        });
+        Counters(each.collect())
     }
 
     /// What has been counted since `earlier`.
     #[must_use]
     pub fn since(&self, earlier: &Counters) -> Counters {
-        Counters(self.0.iter().map(|(k, v)| (k.clone(), v - earlier.get(k))).collect())
+        Counters(
+            self.0
+                .iter()
+                .map(|(k, v)| (k.clone(), v - earlier.0.get(k).copied().unwrap_or_default()))
+                .collect(),
+        )
     }
 
-    /// One counter; 0 if the kernel has none of this name.
+    /// One counter, of all nodes together; 0 if the kernel has none of this name.
     #[must_use]
     pub fn get(&self, name: &str) -> i64 {
-        self.0.get(name).copied().unwrap_or_default()
+        let is_it = |full: &str| full.rsplit(' ').next() == Some(name);
+        self.0.iter().filter(|(full, _)| is_it(full)).map(|(_, value)| value).sum()
     }
 
     /// Resets sent.

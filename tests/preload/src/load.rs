@@ -71,7 +71,7 @@ fn one(number: u32, load: Load) -> Outcome {
 }
 
 fn talk(number: u32, load: Load, outcome: &mut Outcome) -> io::Result<()> {
-    let host = if number % 2 == 0 { address("host") } else { address6("host") };
+    let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
     let mut connection = Connection::to(&host, 80)?;
     // The first few are served where the connection arrived.
     let first_moving = number % 5;

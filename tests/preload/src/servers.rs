@@ -209,7 +209,7 @@ impl Bed {
     /// # Panics
     /// When it does not get to know them.
     pub fn wait_acceptors(&self, node: &str, handler: &str, count: u64) {
-        let pointer = format!("/handlers/{handler}");
+        let pointer = format!("/acceptors/{handler}");
         let known = wait_for(Duration::from_secs(20), || {
             let status = self.try_status(node);
             status.and_then(|s| s.pointer(&pointer)?.as_u64()).is_some_and(|n| n >= count)
@@ -225,7 +225,8 @@ impl Bed {
         let mut programs: Vec<_> = serving().map(|n| self.peerd(n, &PeerdOptions::default())).collect();
         programs.extend(serving().map(|n| self.nginx(n)));
         for node in serving().filter(|n| *n != "host") {
-            self.wait_acceptors(node, "web", 1);
+            // Two workers, each with an IPv4 and an IPv6 socket.
+            self.wait_acceptors(node, "web", 4);
         }
         programs
     }

@@ -2,18 +2,20 @@
 
 use xo_tests::counters::Counters;
 use xo_tests::load::{self, Load};
+use xo_tests::program::stay_on_one_processor;
 use xo_tests::servers::{address, address6};
 use xo_tests::{Bed, Connection, content};
 
 #[test]
 fn one_connection_at_a_time_moves_without_any_retransmission() {
+    stay_on_one_processor();
     let bed = Bed::up(2, 1);
     let _programs = bed.everything();
-    let before = Counters::of(&bed);
     for host in [address("host"), address6("host")] {
         for (name, size) in content::SIZES {
             for upload in [false, true] {
                 let host = host.clone();
+                let before = Counters::of(&bed);
                 let path = if upload { format!("/up/{name}-{}", host.len()) } else { format!("/img/{name}") };
                 let (nodes, sizes) = bed.on("client", move || {
                     let mut c = Connection::to(&host, 80).expect("connect");
@@ -30,13 +32,17 @@ fn one_connection_at_a_time_moves_without_any_retransmission() {
                 assert!(nodes[1].starts_with('t'), "{nodes:?}");
                 assert_eq!(nodes[1], nodes[2]);
                 assert_eq!(sizes[0], sizes[1], "segment sizes");
+                let counted = Counters::of(&bed).since(&before);
+                let about = format!("{size} bytes, upload {upload}, {nodes:?}: {}", counted.troubles());
+                // A tail loss probe is no loss: on a long transfer the kernel sends some by itself, wherever it is
+                // served, when the client is slow to read.
+                let probes = if size > 1 << 20 { counted.get("TCPLossProbes") } else { 0 };
+                assert_eq!(counted.resets(), 0, "{about}");
+                assert_eq!(counted.retransmissions() - probes, 0, "{about}");
             }
         }
     }
-    let counted = Counters::of(&bed).since(&before);
     assert_eq!(bed.status("host", "/offloads_total"), 24);
-    assert_eq!(counted.resets(), 0, "{}", counted.troubles());
-    assert_eq!(counted.retransmissions(), 0, "{}", counted.troubles());
     bed.wait_idle(&["host", "t1", "t2"]);
 }
 

@@ -4,8 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use xo_proto::conn::{ConnRecord, SockOptions, TcpState};
+use xo_proto::conn::{ConnRecord, SockOptions, TcpState, Timestamps};
 use xo_proto::reason::Reason;
 
 use super::{
@@ -27,6 +28,10 @@ const LEAST_CHUNK: usize = 1 << 10;
 /// Queues longer than this get buffers to match before they are filled.
 const SMALL_QUEUE: usize = 8 << 10;
 
+/// How far a restored timestamp clock is set ahead: the record travels for some time, and the old socket lives until
+/// shortly after the new one has begun.
+const CLOCK_MARGIN: Duration = Duration::from_millis(2);
+
 /// A restored socket in repair mode: it sends nothing, and closes without a packet when dropped.
 #[derive(Debug)]
 pub struct Repaired {
@@ -34,6 +39,9 @@ pub struct Repaired {
     local: SocketAddr,
     v6_socket: bool,
     unsent: Vec<u8>,
+    timestamps: Option<Timestamps>,
+    /// The dump, judged by the time elapsed that the clock was set with.
+    dumped: Instant,
     options: SockOptions,
 }
 
@@ -45,22 +53,35 @@ struct RepairOption {
 }
 
 /// Restores a connection, bound to `bind`; `v6_socket` makes an AF_INET6 socket with v4-mapped addresses
-/// out of an IPv4 connection, for servers with a dual-stack listener. When the 4-tuple is taken, the kernel
+/// out of an IPv4 connection, for servers with a dual-stack listener. `elapsed` is the time since the dump as far as
+/// it is known: a socket acknowledges what arrives also in repair mode, and its timestamp clock must not be behind
+/// what the old socket may have sent since, or the peer drops all that it sends (RFC 7323, 5.3). When the 4-tuple is taken, the kernel
 /// chooses another port: see [`Repaired::local`].
 ///
 /// # Errors
 /// `RestoreFailed` with the step that the kernel refused.
-pub fn restore(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<Repaired, RepairError> {
+pub fn restore(
+    record: &ConnRecord,
+    bind: SocketAddr,
+    v6_socket: bool,
+    elapsed: Duration,
+) -> Result<Repaired, RepairError> {
     let v6_socket = v6_socket || record.client.is_ipv6();
-    match restore_at(record, bind, v6_socket) {
+    match restore_at(record, bind, v6_socket, elapsed) {
         Err(e) if matches!(e.source.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE)) => {
-            restore_at(record, SocketAddr::new(bind.ip(), 0), v6_socket)
+            restore_at(record, SocketAddr::new(bind.ip(), 0), v6_socket, elapsed)
         }
         other => other,
     }
 }
 
-fn restore_at(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<Repaired, RepairError> {
+fn restore_at(
+    record: &ConnRecord,
+    bind: SocketAddr,
+    v6_socket: bool,
+    elapsed: Duration,
+) -> Result<Repaired, RepairError> {
+    let begun = Instant::now();
     let failed = Reason::RestoreFailed;
     let tcp = &record.tcp;
     let family = if v6_socket { libc::AF_INET6 } else { libc::AF_INET };
@@ -87,7 +108,7 @@ fn restore_at(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<
     let (address, len) = RawAddress::new(record.client, v6_socket);
     // SAFETY: the address lives through the call.
     sys!(libc::SYS_connect, raw_fd, &raw const address, len).step("connect", failed)?;
-    negotiated(raw_fd, tcp).step("TCP_REPAIR_OPTIONS", failed)?;
+    negotiated(raw_fd, tcp, elapsed).step("TCP_REPAIR_OPTIONS", failed)?;
     fill(raw_fd, &tcp.received).step("receive queue", failed)?;
     if !tcp.sent.is_empty() {
         set(raw_fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
@@ -108,7 +129,15 @@ fn restore_at(record: &ConnRecord, bind: SocketAddr, v6_socket: bool) -> Result<
     } else {
         bind
     };
-    Ok(Repaired { fd, local, v6_socket, unsent: tcp.unsent.clone(), options: record.options.clone() })
+    Ok(Repaired {
+        fd,
+        local,
+        v6_socket,
+        unsent: tcp.unsent.clone(),
+        timestamps: tcp.timestamps,
+        dumped: begun.checked_sub(elapsed).unwrap_or(begun),
+        options: record.options.clone(),
+    })
 }
 
 impl Repaired {
@@ -157,12 +186,18 @@ impl Repaired {
     }
 
     /// Brings the socket to life: leaves repair mode (with a window probe if `probe`), sends what the server
-    /// had written and not sent.
+    /// had written and not sent. `elapsed` is the time since the dump, better known by now.
     ///
     /// # Errors
     /// `RestoreFailed`; the socket is then closed, which the peer notices.
-    pub fn start(self, probe: bool) -> Result<Fd, RepairError> {
+    pub fn start(self, probe: bool, elapsed: Duration) -> Result<Fd, RepairError> {
         let fd = self.fd.as_raw_fd();
+        if let Some(clock) = self.timestamps
+            && elapsed > self.dumped.elapsed() + CLOCK_MARGIN
+        {
+            set(fd, libc::TCP_TIMESTAMP, later(clock, elapsed) as i32)
+                .step("TCP_TIMESTAMP", Reason::RestoreFailed)?;
+        }
         let off = if probe { 0 } else { OFF_NO_PROBE };
         set(fd, libc::TCP_REPAIR, off).step("TCP_REPAIR", Reason::RestoreFailed)?;
         reuse_address(fd).step("SO_REUSEADDR", Reason::RestoreFailed)?;
@@ -225,8 +260,19 @@ fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
     Ok(())
 }
 
-/// Only what was negotiated; then the timestamp clock, or the peer's PAWS check drops all we send.
-fn negotiated(fd: RawFd, tcp: &TcpState) -> io::Result<()> {
+/// The timestamp clock `elapsed` later, and a little more. Bit 0 says in which unit the kernel counts.
+fn later(clock: Timestamps, elapsed: Duration) -> u32 {
+    let elapsed = elapsed + CLOCK_MARGIN;
+    if clock.usec {
+        clock.value.wrapping_add(elapsed.as_micros() as u32) | 1
+    } else {
+        // The dump cleared bit 0, so the clock may have been one further.
+        clock.value.wrapping_add(elapsed.as_millis() as u32 + 1) & !1
+    }
+}
+
+/// Only what was negotiated, and the timestamp clock.
+fn negotiated(fd: RawFd, tcp: &TcpState, elapsed: Duration) -> io::Result<()> {
     let mut options = [RepairOption { code: 0, value: 0 }; 4];
     let wscale = tcp.wscale.map(|(snd, rcv)| u32::from(snd) | u32::from(rcv) << 16);
     let wanted = [
@@ -244,7 +290,7 @@ fn negotiated(fd: RawFd, tcp: &TcpState) -> io::Result<()> {
     // SAFETY: `len` bytes of `options` are initialised.
     sys!(libc::SYS_setsockopt, fd, libc::IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, options.as_ptr(), len)?;
     match tcp.timestamps {
-        Some(t) => set(fd, libc::TCP_TIMESTAMP, t.value as i32),
+        Some(clock) => set(fd, libc::TCP_TIMESTAMP, later(clock, elapsed) as i32),
         None => Ok(()),
     }
 }

@@ -39,10 +39,10 @@ fn moved(server: TcpStream) -> TcpStream {
     let record = dump(server.as_raw_fd(), 1 << 24).expect("dump");
     assert_eq!(received_end(server.as_raw_fd()).expect("rcv_nxt"), record.tcp.rcv_seq);
     vacate(server.as_raw_fd()).expect("vacate");
-    let restored = restore(&record, record.local, false).expect("restore");
+    let restored = restore(&record, record.local, false, Duration::ZERO).expect("restore");
     assert_eq!(restored.local(), record.local);
     restored.apply_options();
-    TcpStream::from(OwnedFd::from(restored.start(false).expect("start")))
+    TcpStream::from(OwnedFd::from(restored.start(false, Duration::ZERO).expect("start")))
 }
 
 fn pattern(n: usize) -> Vec<u8> {
@@ -172,12 +172,12 @@ fn a_taken_4_tuple_gets_another_port_and_a_mapped_socket_serves_ipv4() {
     let (client, server) = pair("127.0.0.1:0");
     let record = dump(server.as_raw_fd(), 1 << 20).expect("dump");
     // The original is still there: the same 4-tuple cannot be had.
-    let restored = restore(&record, record.local, false).expect("restore");
+    let restored = restore(&record, record.local, false, Duration::ZERO).expect("restore");
     assert_ne!(restored.local().port(), record.local.port());
     drop(restored);
     vacate(server.as_raw_fd()).expect("vacate");
-    let restored = restore(&record, record.local, true).expect("restore as AF_INET6");
-    let fd = restored.start(false).expect("start");
+    let restored = restore(&record, record.local, true, Duration::ZERO).expect("restore as AF_INET6");
+    let fd = restored.start(false, Duration::ZERO).expect("start");
     assert_eq!(address_of(fd.as_raw_fd(), libc::SYS_getpeername).expect("peer"), (record.client, true));
     let mut server = TcpStream::from(OwnedFd::from(fd));
     server.write_all(b"v4 over v6").expect("write");
@@ -189,7 +189,7 @@ fn a_lost_connection_is_reset() {
     let (mut client, server) = pair("127.0.0.1:0");
     let record = dump(server.as_raw_fd(), 1 << 20).expect("dump");
     vacate(server.as_raw_fd()).expect("vacate");
-    restore(&record, record.local, false).expect("restore").reset().expect("reset");
+    restore(&record, record.local, false, Duration::ZERO).expect("restore").reset().expect("reset");
     let e = client.read(&mut [0; 1]).expect_err("a reset");
     assert_eq!(e.kind(), io::ErrorKind::ConnectionReset);
 }
