@@ -49,12 +49,7 @@ impl Channel {
         Channel { ours, theirs, outbox: VecDeque::new() }
     }
 
-    /// Sends a restored connection, now or when there is room.
-    fn deliver(&mut self, deliver: Deliver, fd: OwnedFd) -> io::Result<()> {
-        self.outbox.push_back((deliver, fd));
-        self.flush()
-    }
-
+    /// Sends what there is room for.
     fn flush(&mut self) -> io::Result<()> {
         while let Some((deliver, fd)) = self.outbox.front() {
             let message = FromDaemon::Deliver(deliver.clone());
@@ -195,11 +190,14 @@ impl Engine {
             return self.wake(key, address, client, socket);
         };
         let place = give(&mut self.libraries, acceptor.library, |delivery| {
-            channel.deliver(Deliver { delivery, client }, socket)
+            channel.outbox.push_back((Deliver { delivery, client }, socket));
+            Ok(())
         })?;
         if let Some(served) = self.served.get_mut(key) {
             served.place = place;
         }
+        // If it has hung up at this moment, what is in the outbox goes to another.
+        self.acceptor_ready(number, false);
         Ok(())
     }
 

@@ -66,7 +66,7 @@ pub(crate) fn epoll_changed(epoll: c_int, operation: c_int, fd: c_int, event: Op
             r.data.store(event.u64, Ordering::Relaxed);
             r.announce();
         }
-        (libc::EPOLL_CTL_DEL, _) => known.into_iter().for_each(Registration::end),
+        (libc::EPOLL_CTL_DEL, _) => known.into_iter().for_each(Registration::pause),
         _ => {}
     }
 }
@@ -88,7 +88,9 @@ impl Registration {
         let epoll = self.epoll.load(Ordering::Relaxed);
         let known = self.channel.load(Ordering::Acquire);
         if known >= 0 {
-            let _ = epoll_ctl(epoll, libc::EPOLL_CTL_MOD, known, &event);
+            if epoll_ctl(epoll, libc::EPOLL_CTL_MOD, known, &event).is_err() {
+                let _ = epoll_ctl(epoll, libc::EPOLL_CTL_ADD, known, &event);
+            }
             return;
         }
         let Ok((ours, theirs)) = fdpass::pair() else { return };
@@ -102,14 +104,21 @@ impl Registration {
         }
     }
 
+    /// The server does not wait for it now. It may again in a moment (nginx takes its listening sockets out and puts
+    /// them back, to be last in the queue), so deliveries wait meanwhile, as connections do in the backlog.
+    fn pause(&self) {
+        let nothing = epoll_event { events: 0, u64: 0 };
+        let channel = self.channel.load(Ordering::Acquire);
+        let _ = epoll_ctl(self.epoll.load(Ordering::Relaxed), libc::EPOLL_CTL_DEL, channel, &nothing);
+    }
+
     /// The pair is of no more use. What is in it goes back to the daemon.
     fn hang_up(&self) {
+        // The daemon has a duplicate, so closing alone would leave it in the epoll.
+        self.pause();
         let fd = self.channel.swap(-1, Ordering::AcqRel);
         if fd >= 0 {
             fdpass::shut(fd);
-            // The daemon has a duplicate, so closing alone would leave it in the epoll.
-            let nothing = epoll_event { events: 0, u64: 0 };
-            let _ = epoll_ctl(self.epoll.load(Ordering::Relaxed), libc::EPOLL_CTL_DEL, fd, &nothing);
             raw::close(fd);
         }
     }
