@@ -8,6 +8,9 @@ use xo_proto::wire::HandoffId;
 
 use crate::engine::Engine;
 
+/// A client that sends faster than we replay is not waited for longer than this.
+const REPLAY_ROUNDS: u32 = 64;
+
 /// A packet from its network header on; an aggregate if `gso_size` is not 0.
 pub(crate) struct HeldPacket {
     bytes: Vec<u8>,
@@ -27,8 +30,8 @@ impl Engine {
         }
     }
 
-    /// Files what the ring holds under its flows.
-    pub(crate) fn collect_held(&mut self) {
+    /// Files what the ring holds under its flows; how many packets that were.
+    pub(crate) fn collect_held(&mut self) -> u64 {
         let (hosted, with_held) = (&mut self.hosted, &mut self.with_held);
         let mut packets = 0;
         self.steer.drain_held(&mut |header, bytes| {
@@ -43,6 +46,19 @@ impl Engine {
         });
         if packets > 0 {
             self.metrics.held(packets);
+        }
+        packets
+    }
+
+    /// Replays until nothing more has come meanwhile: what is held from here on, until the flow entry changes, is
+    /// overtaken by the packets after it, which the client's TCP may take for a loss.
+    pub(crate) fn replay_all_held(&mut self, id: HandoffId, to: Option<SocketAddr>) {
+        for _ in 0..REPLAY_ROUNDS {
+            let news = self.collect_held();
+            self.replay_held(id, to);
+            if news == 0 {
+                return;
+            }
         }
     }
 

@@ -280,8 +280,7 @@ impl Engine {
 
     fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
         // What was held goes first, so that it is not overtaken by what comes after the flip.
-        self.collect_held();
-        self.replay_held(id, Some(to));
+        self.replay_all_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
         if let Err(e) = self.steer.redirect(&flow.key, id, to) {
             log::error!("redirecting {}: {e}", flow.client);
@@ -302,11 +301,9 @@ impl Engine {
         {
             log::error!("taking {} back: {e}", flow.client);
         }
-        self.collect_held();
-        self.replay_held(id, None);
+        self.replay_all_held(id, None);
         self.unhold(id);
-        self.collect_held();
-        self.replay_held(id, None);
+        self.replay_all_held(id, None);
     }
 
     fn unhold(&mut self, id: HandoffId) {

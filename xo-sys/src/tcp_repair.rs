@@ -144,6 +144,8 @@ struct TcpInfo {
     _ato: u32,
     snd_mss: u32,
     _rcv_mss: u32,
+    _unacked_to_pmtu: [u32; 10],
+    rcv_ssthresh: u32,
 }
 
 /// `struct tcp_repair_window`.

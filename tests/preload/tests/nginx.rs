@@ -58,6 +58,10 @@ fn hundreds_of_connections_lose_nothing() {
     let (moved_counts, local_counts) = (Counters::of(&bed).since(&middle), middle.since(&start));
     println!("local: {:?}, {}", local.by_node, local_counts.troubles());
     println!("moved: {:?}, {}", moved.by_node, moved_counts.troubles());
+    println!("ALL {moved_counts:?}");
+    for node in ["host", "t1", "t2"] {
+        println!("STATUS {node} {}", bed.try_status(node).expect("status"));
+    }
     assert!(local.errors.is_empty(), "{:#?}", local.errors);
     assert!(moved.errors.is_empty(), "{:#?}", moved.errors);
     assert_eq!(local.by_node.keys().collect::<Vec<_>>(), ["host"]);

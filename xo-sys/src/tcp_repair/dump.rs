@@ -97,10 +97,19 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
             snd_wl1: w.snd_wl1,
             snd_wnd: w.snd_wnd,
             max_window: w.max_window,
-            rcv_wnd: w.rcv_wnd,
-            rcv_wup: w.rcv_wup,
+            rcv_wnd: receive_window(&w, rcv_seq, info),
+            rcv_wup: rcv_seq,
         },
     })
+}
+
+/// The most that this socket may have offered when it is emptied, from RCV.NXT on: a delayed acknowledgement can
+/// still leave it, with a window up to `rcv_ssthresh` (`__tcp_select_window`), and the restored socket must take what
+/// the client then sends.
+fn receive_window(w: &RepairWindow, rcv_nxt: u32, info: &TcpInfo) -> u32 {
+    let offered = w.rcv_wup.wrapping_add(w.rcv_wnd).wrapping_sub(rcv_nxt);
+    let offered = if offered > i32::MAX as u32 { 0 } else { offered };
+    offered.max(info.rcv_ssthresh.next_multiple_of(1 << (info.wscale >> 4)))
 }
 
 fn options(fd: RawFd, v6_socket: bool) -> io::Result<SockOptions> {

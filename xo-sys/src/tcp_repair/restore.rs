@@ -246,8 +246,11 @@ fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
     let o = &record.options;
     let default = defaults().map_or(0, |d| d.rcvbuf);
     let received = record.tcp.received.len() as u32;
-    let wanted =
-        if received as usize > SMALL_QUEUE { o.rcvbuf.max(received.saturating_mul(3)) } else { o.rcvbuf };
+    let wanted = if received as usize > SMALL_QUEUE {
+        o.rcvbuf.max(received.saturating_mul(3).saturating_add(record.tcp.window.rcv_wnd.saturating_mul(2)))
+    } else {
+        o.rcvbuf
+    };
     if wanted > default || o.buf_lock & 2 != 0 {
         // The kernel doubles what it is given.
         raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(wanted / 2))?;
