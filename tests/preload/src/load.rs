@@ -29,20 +29,28 @@ pub struct Outcome {
     pub uploads: Vec<(String, String, usize)>,
 }
 
-/// Sizes of a request, weighted so that a thousand requests move some 100 MB.
-fn pick(n: u32) -> (&'static str, usize) {
+/// Name and size of a request's object, weighted so that a thousand requests move some 100 MB.
+fn pick(n: u32, largest: usize) -> (&'static str, usize) {
     let index = match n % 200 {
         0 => 5,
         i if i % 20 == 1 => 4,
         i => (i % 4) as usize,
     };
-    content::SIZES[index]
+    let fitting = |i: &usize| content::SIZES[*i].1 <= largest;
+    content::SIZES[(0..=index).rev().find(fitting).unwrap_or_default()]
 }
 
 /// Carries the load from the client to the host; half the connections over IPv6.
 #[must_use]
 pub fn run(bed: &Bed, load: Load) -> Outcome {
-    let threads: Vec<_> = (0..load.connections).map(|i| bed.spawn("client", move || one(i, load))).collect();
+    run_sizes(bed, load, usize::MAX)
+}
+
+/// As [`run`], with the sizes cut off at `largest`.
+#[must_use]
+pub fn run_sizes(bed: &Bed, load: Load, largest: usize) -> Outcome {
+    let threads: Vec<_> =
+        (0..load.connections).map(|i| bed.spawn("client", move || one(i, load, largest))).collect();
     let mut all = Outcome::default();
     for thread in threads {
         let one =
@@ -62,21 +70,21 @@ pub fn run(bed: &Bed, load: Load) -> Outcome {
     all
 }
 
-fn one(number: u32, load: Load) -> Outcome {
+fn one(number: u32, load: Load, largest: usize) -> Outcome {
     let mut outcome = Outcome::default();
-    if let Err(e) = talk(number, load, &mut outcome) {
+    if let Err(e) = talk(number, load, largest, &mut outcome) {
         outcome.errors.push(format!("connection {number}: {e}"));
     }
     outcome
 }
 
-fn talk(number: u32, load: Load, outcome: &mut Outcome) -> io::Result<()> {
+fn talk(number: u32, load: Load, largest: usize, outcome: &mut Outcome) -> io::Result<()> {
     let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
     let mut connection = Connection::to(&host, 80)?;
     // The first few are served where the connection arrived.
     let first_moving = number % 5;
     for i in 0..load.requests {
-        let (name, size) = pick(number * 7 + i);
+        let (name, size) = pick(number * 7 + i, largest);
         let moving = load.moving && i >= first_moving;
         let response = if (number + i) % 4 == 3 {
             let directory = if moving { "up" } else { "put" };
