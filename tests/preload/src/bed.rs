@@ -23,6 +23,7 @@ pub struct Bed {
     prefix: String,
     directory: PathBuf,
     targets: u32,
+    hosts: u32,
     logs: RefCell<Vec<PathBuf>>,
 }
 
@@ -39,7 +40,7 @@ impl Bed {
         fs::create_dir_all(&directory).expect("the bed's directory");
         // nginx's workers and HAProxy run as other users.
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("its mode");
-        let bed = Bed { prefix, directory, targets, logs: RefCell::default() };
+        let bed = Bed { prefix, directory, targets, hosts, logs: RefCell::default() };
         bed.testbed(&["up", "--targets", &targets.to_string(), "--hosts", &hosts.to_string()]);
         bed
     }
@@ -70,7 +71,14 @@ impl Bed {
     #[must_use]
     pub fn nodes(&self) -> Vec<String> {
         let targets = (1..=self.targets).map(|i| format!("t{i}"));
-        ["client", "host"].map(String::from).into_iter().chain(targets).chain(["router".into()]).collect()
+        let hosts = (2..=self.hosts).map(|i| format!("host{i}"));
+        ["client", "host"]
+            .map(String::from)
+            .into_iter()
+            .chain(hosts)
+            .chain(targets)
+            .chain(["router".into()])
+            .collect()
     }
 
     /// The namespace of a node.

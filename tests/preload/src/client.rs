@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
+
 use crate::content;
 
 /// Nothing takes this long.
@@ -280,4 +282,19 @@ pub fn same(what: &str, got: &[u8], expected: &[u8]) -> io::Result<()> {
     }
     let at = got.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(got.len().min(expected.len()));
     Err(broken(format!("{what}: {} bytes instead of {}, different at {at}", got.len(), expected.len())))
+}
+
+/// Connects from an address and port of ours.
+///
+/// # Errors
+/// Of the calls made.
+pub fn bound(ip: &str, port: u16, to: &str, to_port: u16) -> io::Result<TcpStream> {
+    let address =
+        |ip: &str, port| ip.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, port)).map_err(|_| broken(ip));
+    let (from, to) = (address(ip, port)?, address(to, to_port)?);
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&from.into())?;
+    socket.connect(&to.into())?;
+    Ok(socket.into())
 }

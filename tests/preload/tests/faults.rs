@@ -1,0 +1,100 @@
+//! Whatever is wrong elsewhere, the client is served by the host.
+
+use xo_tests::counters::Counters;
+use xo_tests::servers::{PeerdOptions, address};
+use xo_tests::{Bed, Connection};
+
+/// Three requests that the policy sends away, on one connection; the nodes that answered.
+fn three_requests(bed: &Bed) -> Vec<String> {
+    bed.on("client", || {
+        let mut c = Connection::to(&address("host"), 80).expect("connect");
+        ["/img/1k", "/img/64k", "/img/1m"].map(|p| c.get(p).expect(p).node().to_owned()).into()
+    })
+}
+
+#[test]
+fn without_a_daemon_on_the_host() {
+    let bed = Bed::up(1, 1);
+    let mut command = bed.preloaded("host", "nginx");
+    // Starting one is not possible either.
+    command.env("XO_PEERD", "/nonexistent");
+    let _nginx = bed.nginx_with("host", command);
+    assert_eq!(three_requests(&bed), ["host"; 3]);
+}
+
+#[test]
+fn without_a_daemon_on_the_target() {
+    let bed = Bed::up(1, 1);
+    let _host = bed.peerd("host", &PeerdOptions::default());
+    let _nginx = bed.nginx("host");
+    let before = Counters::of(&bed);
+    assert_eq!(three_requests(&bed), ["host"; 3]);
+    let counted = Counters::of(&bed).since(&before);
+    assert_eq!(counted.retransmissions(), 0, "{}", counted.troubles());
+    assert!(bed.status("host", "/refused_by_reason/peer_unreachable") > 0, "{:?}", bed.try_status("host"));
+    assert_eq!(bed.status("host", "/flows_active"), 0);
+}
+
+#[test]
+fn a_target_that_refuses() {
+    let bed = Bed::up(1, 1);
+    let _host = bed.peerd("host", &PeerdOptions::default());
+    let other = "[[handler]]\nname = \"other\"\nmode = \"attach\"\nport = 80\n";
+    let without = bed.peerd("t1", &PeerdOptions { sections: other.into(), ..PeerdOptions::default() });
+    let _nginx = bed.nginx("host");
+    let before = Counters::of(&bed);
+    assert_eq!(three_requests(&bed), ["host"; 3], "no such handler on the target");
+    assert_eq!(bed.status("host", "/refused_by_reason/no_handler"), 3);
+    drop(without);
+
+    let _target = bed.peerd("t1", &PeerdOptions::default());
+    let mut third = three_requests(&bed);
+    // The daemon looks for a peer that went away once a second.
+    for _ in 0..50 {
+        if bed.status("host", "/refused_by_reason/no_handler") > 3 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        third = three_requests(&bed);
+    }
+    assert_eq!(third, ["host"; 3], "nobody listens behind the handler");
+    assert!(bed.status("host", "/refused_by_reason/no_handler") > 3, "{:?}", bed.try_status("host"));
+    let counted = Counters::of(&bed).since(&before);
+    assert_eq!(counted.retransmissions(), counted.get("TCPSynRetrans"), "{}", counted.troubles());
+    bed.wait_idle(&["host", "t1"]);
+
+    // And when there is a server, the very next request moves.
+    let _server = bed.nginx("t1");
+    bed.wait_acceptors("t1", "web", 4);
+    assert_eq!(three_requests(&bed), ["t1"; 3]);
+}
+
+#[test]
+fn several_hosts_with_the_same_client_ports() {
+    let bed = Bed::up(1, 2);
+    let _daemons = ["host", "host2", "t1"].map(|n| bed.peerd(n, &PeerdOptions::default()));
+    let _servers = ["host", "host2", "t1"].map(|n| bed.nginx(n));
+    bed.wait_acceptors("t1", "web", 4);
+    let nodes = bed.on("client", || {
+        // Bound to the same port for both hosts, so that the target sees one client address twice.
+        let connect = |host: &str, port: u16| {
+            let socket = xo_tests::client::bound("10.1.0.3", port, &address(host), 80).expect("connect");
+            Connection::over(socket).expect("options")
+        };
+        let mut nodes = Vec::new();
+        for port in [21_001, 21_002, 21_003] {
+            let mut pair = [connect("host", port), connect("host2", port)];
+            for path in ["/img/1k", "/img/1m", "/img/64k"] {
+                for c in &mut pair {
+                    nodes.push(c.get(path).expect(path).node().to_owned());
+                }
+            }
+        }
+        nodes
+    });
+    assert_eq!(nodes, ["t1"; 18]);
+    for host in ["host", "host2"] {
+        assert_eq!(bed.status(host, "/offloads_total"), 3);
+    }
+    bed.wait_idle(&["host", "host2", "t1"]);
+}
