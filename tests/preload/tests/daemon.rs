@@ -45,7 +45,7 @@ fn check_says_what_is_wrong_and_where() {
         ("", good.replace("path_prefix", "path_prefx"), "policy.toml:5:1"),
         ("", good.replace("10.0.0.1:7400", "nowhere"), "policy.toml:3:6"),
         ("", good.replace("path_prefix = \"/\"", "path_regex = \"(\""), "policy.toml:5:14"),
-        ("", good.replace("[80]", "[80"), "policy.toml:1:"),
+        ("", good.replace("[80]", "[80"), "policy.toml:2:1"),
         ("listen = \"here\"\n", good.into(), "peerd.toml:4:10"),
         ("bogus = 1\n", good.into(), "peerd.toml:4:1"),
         ("[[handler]]\nname = \"web\"\nmode = \"attach\"\n", good.into(), "peerd.toml:4:1"),
@@ -108,7 +108,7 @@ fn the_library_starts_a_daemon() {
         .env("LD_PRELOAD", built("libxo_preload.so"))
         .env("XO_LISTEN", "80")
         .env("XO_TARGETS", format!("t1={}:{PEER_PORT}", address("t1")))
-        .env("XO_RULES", "/img/ -> t1 web")
+        .env("XO_RULES", "/img/ => t1 @web")
         .env("XO_PEERD", built("xo-peerd"))
         .env("XO_SOCKET", &socket)
         .env("XO_INSECURE", "1");

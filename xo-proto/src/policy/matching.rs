@@ -38,10 +38,10 @@ impl Policy {
         }
     }
 
-    /// Can any request leave?
+    /// Does it concern no connection at all? (Without rules none leaves, but restored ones may come.)
     #[must_use]
     pub fn is_inert(&self) -> bool {
-        self.listen.is_empty() || self.rules.iter().all(|r| r.targets.is_empty())
+        self.listen.is_empty()
     }
 }
 
