@@ -89,6 +89,14 @@ pub(crate) struct Waiting {
     tables: Vec<Rc<SlotTable>>,
 }
 
+/// A restored connection whose wake-up waits until one of [`WAKE_PORTS`] is free.
+pub(crate) struct WakeLater {
+    key: ServedKey,
+    listening: SocketAddr,
+    client: SocketAddr,
+    socket: OwnedFd,
+}
+
 /// Where a served connection is.
 pub(crate) enum Place {
     /// Nowhere yet, or not any more.
@@ -248,7 +256,9 @@ impl Engine {
             ip => ip,
         };
         if self.waiting.len() >= WAKE_PORTS {
-            return Err(io::Error::other("too many wake-ups under way"));
+            let later = WakeLater { key: key.clone(), listening, client, socket };
+            self.wake_later.push_back(later);
+            return Ok(());
         }
         let wake = Socket::new(Domain::for_address(listening), Type::STREAM, None)?;
         wake.bind(&SockAddr::from(SocketAddr::new(ip, 0)))?;
@@ -274,6 +284,18 @@ impl Engine {
         Ok(())
     }
 
+    /// Wakes for connections that waited for a free wake-up port.
+    fn wake_next(&mut self) {
+        while self.waiting.len() < WAKE_PORTS
+            && let Some(WakeLater { key, listening, client, socket }) = self.wake_later.pop_front()
+        {
+            if let Err(e) = self.wake(&key, listening, client, socket) {
+                log::warn!("port {}: the connection of {client} ends: {e}", listening.port());
+                self.expect_end(&key);
+            }
+        }
+    }
+
     /// A process has accepted a wake-up connection.
     pub(crate) fn take(&mut self, index: usize, wake_port: u16) -> Result<(), String> {
         let library = self.libraries.get(index).ok_or("gone")?;
@@ -283,12 +305,18 @@ impl Engine {
         for table in &waiting.tables {
             table.remove_wake_port(wake_port);
         }
-        let fd = library.fd();
+        let taken = self.hand_out(index, waiting);
+        self.wake_next();
+        taken.map_err(|e| e.to_string())
+    }
+
+    /// Answers a process that accepted a wake-up connection with the connection that it was for.
+    fn hand_out(&mut self, index: usize, waiting: Waiting) -> io::Result<()> {
+        let fd = self.libraries.get(index).ok_or(ErrorKind::NotFound)?.fd();
         let place = give(&mut self.libraries, index, |delivery| {
             let message = FromDaemon::Deliver(Deliver { delivery, client: waiting.client });
             ipc::send(fd, &message, Some(waiting.socket.as_raw_fd()))
-        });
-        let place = place.map_err(|e| e.to_string())?;
+        })?;
         if let Some(served) = self.served.get_mut(&waiting.key) {
             served.place = place;
         }
@@ -304,6 +332,7 @@ impl Engine {
             log::warn!("port {} does not accept: the connection of {} ends", waiting.port, waiting.client);
             drop(waiting.socket);
             self.expect_end(&waiting.key);
+            self.wake_next();
         }
     }
 

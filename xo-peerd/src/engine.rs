@@ -3,7 +3,7 @@
 //! and time.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -23,7 +23,7 @@ use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
 
-use crate::acceptor::{Acceptor, Waiting};
+use crate::acceptor::{Acceptor, Waiting, WakeLater};
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -92,6 +92,7 @@ pub(crate) struct Engine {
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
+    pub(crate) wake_later: VecDeque<WakeLater>,
     pub(crate) spawner: Spawner,
     pub(crate) next_id: HandoffId,
     serials: u64,
@@ -166,6 +167,7 @@ impl Engine {
             acceptors: Slab::new(),
             next_acceptor: 0,
             waiting: HashMap::new(),
+            wake_later: VecDeque::new(),
             spawner: Spawner::start(waker)?,
             next_id: parts.first_id,
             serials: 0,
