@@ -111,6 +111,12 @@ pub(crate) fn open() -> bool {
     opened
 }
 
+/// As [`open`], however short ago it failed: a daemon was just started.
+pub(crate) fn open_now() -> bool {
+    NOT_BEFORE.store(0, Ordering::Relaxed);
+    open()
+}
+
 fn connect() -> bool {
     let Some(path) = SOCKET.get() else { return false };
     let Ok(low) = fdpass::connect(path) else { return false };

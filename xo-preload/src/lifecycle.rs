@@ -24,7 +24,7 @@ pub(crate) fn listening(fd: c_int) {
     }
     fdtable::set(fd, Entry::Listener(address.port()));
     if !daemon::open() && spawn::start_daemon() {
-        daemon::open();
+        daemon::open_now();
     }
     if daemon::fd() < 0 {
         log::warn!("no xo-peerd: connections on port {} stay here", address.port());

@@ -114,7 +114,9 @@ fn the_library_starts_a_daemon() {
         .env("XO_INSECURE", "1");
     let mut nginx = bed.nginx_with("host", command);
     assert!(wait_for(std::time::Duration::from_secs(10), || socket.exists()), "{}", nginx.output());
-    assert_eq!(one_request(&bed), "t1");
+    let node = one_request(&bed);
+    let status = Command::new(built("xo-peerd")).args(["status", "--json", "--socket"]).arg(&socket).output();
+    assert_eq!(node, "t1", "{status:?}");
     nginx.stop();
     drop(nginx);
     let gone = wait_for(std::time::Duration::from_secs(30), || !socket.exists());
