@@ -111,7 +111,7 @@ impl Default for Handoff {
         Handoff {
             timeout: Duration::from_millis(100),
             connect_timeout: Duration::from_millis(500),
-            spin: Duration::from_micros(60),
+            spin: Duration::from_micros(250),
         }
     }
 }

@@ -202,11 +202,12 @@ impl Engine {
                     std::thread::yield_now();
                     continue;
                 }
-            } else {
-                busy_until = Instant::now() + self.config.handoff.spin;
             }
             for event in &events {
                 self.dispatch(event);
+            }
+            if !events.is_empty() {
+                busy_until = Instant::now() + self.config.handoff.spin;
             }
             self.run_timers();
         }
