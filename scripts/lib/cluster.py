@@ -157,7 +157,7 @@ class Bed:
             f'policy = "{self.directory}/policy.toml"\n'
             + ("" if self.tls else "insecure = true\n")
             + (security if self.tls else "")
-            + (f"[handoff]\nspin_us = {spin_us}\n" if spin_us is not None else "")
+            + (f"[limits]\nspin_us = {spin_us}\n" if spin_us is not None else "")
             + '[[handler]]\nname = "web"\nmode = "attach"\nport = 80\n'
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])

@@ -86,15 +86,28 @@ pub(crate) enum HandlerMode {
     },
 }
 
-/// Time limits.
+/// How hand-offs are made.
 #[derive(Clone, Debug)]
 pub(crate) struct Handoff {
+    /// Which order; see `xo_proto::handoff`.
+    pub(crate) order: Order,
     /// From `BEGIN_OFFLOAD` to `TARGET_READY`.
     pub(crate) timeout: Duration,
     /// For a connection to a target that is not connected yet.
     pub(crate) connect_timeout: Duration,
     /// Busy polling after a message while a hand-off is under way.
     pub(crate) spin: Duration,
+}
+
+/// Order of a hand-off's messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Order {
+    /// The target starts at once.
+    #[default]
+    Early,
+    /// The target starts when the host has redirected the flow (the paper's).
+    Strict,
 }
 
 /// Table sizes.
@@ -109,6 +122,7 @@ pub(crate) struct Steering {
 impl Default for Handoff {
     fn default() -> Self {
         Handoff {
+            order: Order::default(),
             timeout: Duration::from_millis(100),
             connect_timeout: Duration::from_millis(500),
             spin: Duration::from_micros(250),
@@ -142,7 +156,9 @@ struct File {
     #[serde(default)]
     handler: Vec<Spanned<FileHandler>>,
     #[serde(default)]
-    handoff: FileHandoff,
+    handoff: Order,
+    #[serde(default)]
+    limits: FileLimits,
     #[serde(default)]
     steering: FileSteering,
 }
@@ -165,7 +181,7 @@ enum Mode {
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
-struct FileHandoff {
+struct FileLimits {
     timeout_ms: Option<u32>,
     connect_timeout_ms: Option<u32>,
     spin_us: Option<u32>,
@@ -272,7 +288,7 @@ impl File {
             tls: self.tls.map(Spanned::into_inner),
             insecure: self.insecure,
             handlers,
-            handoff: self.handoff.checked(),
+            handoff: self.limits.checked(self.handoff),
             steering: self.steering.checked(fail)?,
         })
     }
@@ -302,11 +318,12 @@ impl FileHandler {
     }
 }
 
-impl FileHandoff {
-    fn checked(self) -> Handoff {
+impl FileLimits {
+    fn checked(self, order: Order) -> Handoff {
         let default = Handoff::default();
         let ms = |n: Option<u32>, d| n.map_or(d, |n| Duration::from_millis(n.into()));
         Handoff {
+            order,
             timeout: ms(self.timeout_ms, default.timeout),
             connect_timeout: ms(self.connect_timeout_ms, default.connect_timeout),
             spin: self.spin_us.map_or(default.spin, |n| Duration::from_micros(n.into())),

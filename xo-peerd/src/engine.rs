@@ -23,7 +23,7 @@ use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
 
-use crate::acceptor::{Acceptor, Waiting, WakeLater};
+use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -46,6 +46,9 @@ const KIND_ACCEPTOR: usize = 3;
 
 /// How often closed connections are looked for.
 const TICK: Duration = Duration::from_millis(50);
+/// How often the peers that we dialled are probed, and how long one may be silent.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 /// An embedded daemon ends when it has served nobody for this long.
 const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
@@ -57,8 +60,12 @@ pub(crate) type ServedKey = (Rc<str>, HandoffId);
 pub(crate) enum Timer {
     /// The target has not answered.
     HostDeadline(HandoffId),
+    /// Early order: the target has certainly given up what it was not confirmed.
+    HostDoubt(HandoffId),
     /// `HOST_READY` or `CLOSED_ACK` has not come.
     TargetDeadline(ServedKey),
+    /// Early order: `HOST_READY` has not come; the number of the question that armed it.
+    TargetFence(ServedKey, u32),
     /// A parked request's peer has not come up, or a back-off is over.
     Dial(String),
     /// Packets may have been held while HOLD became REDIRECT.
@@ -89,6 +96,10 @@ pub(crate) struct Engine {
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
     pub(crate) served: HashMap<ServedKey, Served>,
+    /// Hand-offs that a host asked about before they came.
+    pub(crate) refused: VecDeque<ServedKey>,
+    /// Deliveries of withdrawn connections, until their processes close them.
+    pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
@@ -109,6 +120,7 @@ pub(crate) struct Engine {
     idle_since: Instant,
     last_sweep: Instant,
     last_published: Instant,
+    last_probe: Instant,
 }
 
 /// What the daemon is made of; see `daemon.rs`.
@@ -164,6 +176,8 @@ impl Engine {
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
+            refused: VecDeque::new(),
+            abandoned: Vec::new(),
             acceptors: Slab::new(),
             next_acceptor: 0,
             waiting: HashMap::new(),
@@ -182,6 +196,7 @@ impl Engine {
             idle_since: now,
             last_sweep: now,
             last_published: now,
+            last_probe: now,
         })
     }
 
@@ -265,7 +280,9 @@ impl Engine {
             let Some(Reverse((_, timer))) = self.timers.pop() else { return };
             match timer {
                 Timer::HostDeadline(id) => self.host_deadline(id),
+                Timer::HostDoubt(id) => self.host_doubt_over(id),
                 Timer::TargetDeadline(key) => self.target_deadline(&key),
+                Timer::TargetFence(key, number) => self.target_fence(&key, number),
                 Timer::Dial(node) => self.dial_timer(&node),
                 Timer::DrainHeld => self.drain_held(),
                 Timer::Waiting(port) => self.waiting_deadline(port),
@@ -276,6 +293,10 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        if now.duration_since(self.last_probe) > PROBE_EVERY {
+            self.last_probe = now;
+            self.probe_peers();
+        }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;
             self.sweep_hosted();
@@ -383,13 +404,39 @@ impl Engine {
             PeerMessage::BeginOffload(begin) => self.on_begin(index, begin),
             PeerMessage::HostReady(ready) => self.on_host_ready(index, &ready),
             PeerMessage::Abort(id) => self.on_abort(index, id),
+            PeerMessage::Query(query) => self.on_query(index, query),
             PeerMessage::ClosedAck(id) => self.on_closed_ack(index, id),
-            PeerMessage::TargetReady(ready) => self.on_target_ready(&ready),
+            PeerMessage::TargetReady(ready) => self.on_target_ready(index, &ready),
             PeerMessage::Refuse(refuse) => self.on_refuse(&refuse),
             PeerMessage::Handed(handed) => self.on_handed(&handed),
             PeerMessage::Closed(id) => self.on_closed(index, id),
-            PeerMessage::Ping(n) => self.send_to(index, &PeerMessage::Pong(n)),
-            PeerMessage::Pong(_) | PeerMessage::Hello(_) => {}
+            PeerMessage::Ping(ping) => {
+                if let Some(peer) = self.peers.get_mut(index) {
+                    // A sample; whether it is late does not matter.
+                    let _ = peer.is_fresh(ping.sent_ns);
+                }
+                self.send_to(index, &PeerMessage::Pong(ping.number));
+            }
+            PeerMessage::Pong(number) => {
+                if let Some(peer) = self.peers.get_mut(index) {
+                    peer.probed(number);
+                }
+            }
+            PeerMessage::Hello(_) => {}
+        }
+    }
+
+    /// Asks the peers that we dialled whether they are there.
+    fn probe_peers(&mut self) {
+        let dialled: Vec<usize> =
+            self.peers.iter().filter(|(_, p)| p.dialled.is_some() && p.usable()).map(|(i, _)| i).collect();
+        for index in dialled {
+            let Some(peer) = self.peers.get_mut(index) else { continue };
+            if peer.silence() > LONGEST_SILENCE {
+                self.peer_failed(index, &PeerError::Silent);
+            } else if let Some(probe) = peer.next_probe() {
+                self.send_to(index, &probe);
+            }
         }
     }
 
@@ -417,6 +464,7 @@ impl Engine {
     fn peer_failed(&mut self, index: usize, error: &PeerError) {
         let Some(mut peer) = self.peers.try_remove(index) else { return };
         let _ = self.poll.registry().deregister(peer.stream());
+        peer.discard_unsent();
         match error {
             PeerError::Closed if peer.usable() => log::info!("peer {}: {error}", peer.name()),
             _ => log::warn!("peer {}: {error}", peer.name()),

@@ -7,18 +7,21 @@ use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
 use xo_proto::conn::ConnRecord;
-use xo_proto::handoff::{Host, HostAction, HostEvent, HostState};
+use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS};
 use xo_proto::ipc::Offload;
+use xo_proto::packet;
 use xo_proto::reason::Reason;
 use xo_proto::slot;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Refuse, TargetReady};
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair;
 
 use crate::clock::now_ns;
+use crate::config::Order;
 use crate::engine::{Engine, Timer};
 use crate::held::HeldPacket;
 use crate::metrics::Steps;
+use crate::peer::Peer;
 use crate::steer::{SteerError, flow_key};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
@@ -45,6 +48,8 @@ pub(crate) struct HostFlow {
     handler: String,
     peer: Option<usize>,
     record: Option<Box<ConnRecord>>,
+    /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
+    asked: Option<Instant>,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
     /// Where its packets go, once redirected.
@@ -65,6 +70,7 @@ struct Times {
     restore: u64,
     rewrite: u64,
     at_target: u64,
+    started: Option<u64>,
 }
 
 impl HostFlow {
@@ -90,7 +96,7 @@ impl Engine {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         let flow = HostFlow {
-            machine: Host::default(),
+            machine: Host::new(false),
             socket: Some(socket),
             verdict: Some((slots, offload.slot, offload.generation)),
             client: canonical(client),
@@ -101,6 +107,7 @@ impl Engine {
             handler: offload.handler,
             peer: None,
             record: None,
+            asked: None,
             held: Vec::new(),
             to: None,
             times: Times { decided: offload.decided_ns, received, ..Times::default() },
@@ -113,25 +120,34 @@ impl Engine {
     pub(crate) fn begin_on(&mut self, id: HandoffId, peer: usize) {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
         flow.peer = Some(peer);
-        let theirs = self.peers.get(peer).and_then(|p| p.hello.as_ref());
-        if theirs.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
+        let theirs = self.peers.get(peer);
+        let hello = theirs.and_then(|p| p.hello.as_ref());
+        if hello.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
             return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
         }
+        let early = self.config.handoff.order == Order::Early && theirs.is_some_and(Peer::is_proven);
+        flow.machine = Host::new(early);
         self.host_event(id, HostEvent::Start);
     }
 
     /// `TARGET_READY`.
-    pub(crate) fn on_target_ready(&mut self, ready: &TargetReady) {
+    pub(crate) fn on_target_ready(&mut self, index: usize, ready: &TargetReady) {
         let now = now_ns();
-        let Some(flow) = self.hosted.get_mut(&ready.id) else { return };
+        let Some(flow) = self.hosted.get_mut(&ready.id) else {
+            // Taken back, or reset: nobody must serve it there.
+            return self.send_to(index, &PeerMessage::Abort(ready.id));
+        };
         flow.times.ready = now;
         flow.times.restore = ready.restore_ns;
         flow.times.rewrite = ready.rewrite_ns;
         flow.times.at_target = ready.total_ns;
-        let expected = flow.record.as_ref().map(|r| r.tcp.rcv_seq);
-        let received = flow.socket.as_ref().and_then(|s| tcp_repair::received_end(s.as_raw_fd()).ok());
-        let still = received.is_some() && received == expected;
-        self.host_event(ready.id, HostEvent::TargetReady { local: ready.local, still });
+        flow.times.started = ready.started_ns;
+        let event = HostEvent::TargetReady {
+            local: ready.local,
+            started: ready.started_ns.is_some(),
+            timely: flow.asked.is_some_and(|asked| asked.elapsed() < LIMITS.answer),
+        };
+        self.host_event(ready.id, event);
     }
 
     /// `REFUSE`.
@@ -170,6 +186,14 @@ impl Engine {
         }
     }
 
+    /// The target has certainly given up what it was not confirmed, unless the client's packets say otherwise.
+    pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
+        self.collect_held();
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let served = flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        self.host_event(id, HostEvent::DoubtOver { served });
+    }
+
     /// The channel to a node broke.
     pub(crate) fn peer_lost(&mut self, node: &str) {
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| f.target == node).map(|(id, _)| *id).collect();
@@ -180,7 +204,8 @@ impl Engine {
 
     /// The channel to a node is up (again).
     pub(crate) fn peer_back(&mut self, node: &str) {
-        let lost = |f: &HostFlow| f.target == node && f.state() == HostState::Redirected;
+        let unsure = [HostState::Redirected, HostState::Doubt];
+        let lost = |f: &HostFlow| f.target == node && unsure.contains(&f.state());
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| lost(f)).map(|(id, _)| *id).collect();
         for id in ids {
             self.host_event(id, HostEvent::PeerBack);
@@ -196,8 +221,10 @@ impl Engine {
             let Some(flow) = self.hosted.get_mut(&id) else { return };
             let before = flow.state();
             flow.machine.on(&event, &mut actions);
-            if (before == HostState::Begun) != (flow.state() == HostState::Begun) {
-                if before == HostState::Begun { self.in_flight -= 1 } else { self.in_flight += 1 }
+            match (before == HostState::Begun, flow.state() == HostState::Begun) {
+                (false, true) => self.in_flight += 1,
+                (true, false) => self.in_flight -= 1,
+                _ => {}
             }
             for action in actions.drain(..) {
                 next = self.host_action(id, action);
@@ -226,6 +253,14 @@ impl Engine {
                 }
             }
             HostAction::Vacate => vacate(flow),
+            HostAction::SendQuery => {
+                flow.asked = Some(Instant::now());
+                self.send_about(id, &PeerMessage::Query(Query { id, sent_ns: now_ns() }));
+            }
+            HostAction::ArmDoubt => {
+                let since = flow.asked.unwrap_or_else(Instant::now);
+                self.at(since + LIMITS.doubt, Timer::HostDoubt(id));
+            }
             HostAction::SendAbort => self.send_about(id, &PeerMessage::Abort(id)),
             HostAction::TakeBack => self.take_back(id),
             HostAction::Unhold => self.unhold(id),
@@ -268,7 +303,15 @@ impl Engine {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
         let Some(record) = flow.record.take() else { return };
         let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-        let begin = BeginOffload { id, handler: flow.handler.clone(), record: *record, elapsed_ns };
+        let begin = BeginOffload {
+            id,
+            handler: flow.handler.clone(),
+            record: *record,
+            elapsed_ns,
+            start: flow.machine.early(),
+            sent_ns: now_ns(),
+        };
+        flow.asked = Some(Instant::now());
         let message = PeerMessage::BeginOffload(begin);
         self.send_about(id, &message);
         let PeerMessage::BeginOffload(begin) = message else { return };
@@ -280,6 +323,7 @@ impl Engine {
 
     fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
         // What was held goes first, so that it is not overtaken by what comes after the flip.
+        self.send_late(id, to);
         self.replay_all_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
         if let Err(e) = self.steer.redirect(&flow.key, id, to) {
@@ -292,6 +336,22 @@ impl Engine {
         self.drain_held();
         self.at(Instant::now() + Duration::from_millis(1), Timer::DrainHeld);
         None
+    }
+
+    /// A packet that had passed the hook when HOLD was set may have reached the socket after the dump: it acknowledged
+    /// what it took, so the target gets it from here.
+    fn send_late(&mut self, id: HandoffId, to: SocketAddr) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let (Some(socket), Some(record)) = (&flow.socket, &flow.record) else { return };
+        match tcp_repair::arrived_since(socket.as_raw_fd(), record) {
+            Ok(None) => {}
+            Ok(Some(late)) => {
+                log::debug!("{}: {} bytes came after the dump", flow.client, late.data.len());
+                self.metrics.held(1);
+                self.send_packet(flow.client, &packet::late_segment(record, to, &late));
+            }
+            Err(e) => log::error!("looking for late data of {}: {e}", flow.client),
+        }
     }
 
     fn take_back(&mut self, id: HandoffId) {
@@ -392,7 +452,17 @@ fn stay(flow: &mut HostFlow, reason: Reason) {
 fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
     let round_trip = t.ready.saturating_sub(t.dumped);
     let one_way = round_trip.saturating_sub(t.at_target) / 2;
-    let handed_at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
+    let (handed_at, ready_ns) = match t.started {
+        // Early: the handler had it before the answer was sent.
+        Some(at) => {
+            let at = if same_clock { at } else { t.ready - one_way };
+            (at, 0)
+        }
+        None => {
+            let at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
+            (at, at.saturating_sub(t.redirected))
+        }
+    };
     Steps {
         queue_ns: t.received.saturating_sub(t.decided),
         block_ns: t.held.saturating_sub(t.received),
@@ -401,7 +471,7 @@ fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
         restore_ns: t.restore,
         rewrite_ns: t.rewrite,
         redirect_ns: t.redirected.saturating_sub(t.ready),
-        ready_ns: handed_at.saturating_sub(t.redirected),
+        ready_ns,
         total_ns: handed_at.saturating_sub(t.decided),
     }
 }

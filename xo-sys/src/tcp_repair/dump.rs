@@ -14,7 +14,7 @@ use super::{
 use crate::raw::{self, sys};
 
 /// Dumps a connection; `limit` bounds the sum of its queues, bytes. On success the socket is in repair mode
-/// with its receive queue selected (see [`super::received_end`]); on failure it is as before.
+/// with its receive queue selected (see [`super::arrived_since`]); on failure it is as before.
 ///
 /// # Errors
 /// States that cannot move, each with its reason; `DumpFailed` for what the kernel refuses, without
@@ -153,7 +153,7 @@ fn count(fd: RawFd, request: i32) -> io::Result<usize> {
 }
 
 /// Reads up to `expected` + 1 bytes of the selected queue and leaves them there.
-fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
+pub(super) fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; expected + 1];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: pointer and length describe `bytes`.
