@@ -145,7 +145,7 @@ class Bed:
         text = (self.directory / f"{name}.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-20:])
 
-    def peerd(self, node, spin_us=None):
+    def peerd(self, node, order="early"):
         """Starts a daemon and waits until it answers."""
         certs = self.directory / "certs"
         security = (
@@ -154,10 +154,9 @@ class Bed:
         config = self.directory / f"{node}.toml"
         config.write_text(
             f'node = "{node}"\nlisten = "{address(node)}:{PEER_PORT}"\nsocket = "{self.socket(node)}"\n'
-            f'policy = "{self.directory}/policy.toml"\n'
+            f'policy = "{self.directory}/policy.toml"\nhandoff = "{order}"\n'
             + ("" if self.tls else "insecure = true\n")
             + (security if self.tls else "")
-            + (f"[limits]\nspin_us = {spin_us}\n" if spin_us is not None else "")
             + '[[handler]]\nname = "web"\nmode = "attach"\nport = 80\n'
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])
@@ -188,10 +187,10 @@ class Bed:
 
         self._wait(f"nginx on {node}", name, program, answers)
 
-    def everything(self, workers=1, spin_us=None):
+    def everything(self, workers=1, order="early"):
         """Daemons and servers on all nodes; targets are ready to take connections."""
         for node in self.nodes:
-            self.peerd(node, spin_us)
+            self.peerd(node, order)
         for node in self.nodes:
             self.nginx(node, workers)
         for node in self.targets:

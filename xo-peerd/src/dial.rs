@@ -123,7 +123,9 @@ impl Engine {
     pub(crate) fn peer_up(&mut self, index: usize) {
         let Some(node) = self.node_of(index) else { return };
         log::info!("peer {node}: connected");
-        if let Some(probe) = self.peers.get_mut(index).filter(|p| p.dialled.is_some()).and_then(Peer::next_probe) {
+        if let Some(probe) =
+            self.peers.get_mut(index).filter(|p| p.dialled.is_some()).and_then(Peer::next_probe)
+        {
             self.send_to(index, &probe);
         }
         if let Some(dial) = self.dials.get_mut(&*node).filter(|d| d.index == Some(index)) {

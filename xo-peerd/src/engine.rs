@@ -22,6 +22,7 @@ use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
+use xo_sys::tcp_repair::SpareSockets;
 
 use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
 use crate::config::Config;
@@ -44,6 +45,8 @@ const KIND_LIBRARY: usize = 1;
 const KIND_PEER: usize = 2;
 const KIND_ACCEPTOR: usize = 3;
 
+/// Sockets of each family that are made in advance.
+const SPARE_SOCKETS: usize = 8;
 /// How often closed connections are looked for.
 const TICK: Duration = Duration::from_millis(50);
 /// How often the peers that we dialled are probed, and how long one may be silent.
@@ -105,6 +108,7 @@ pub(crate) struct Engine {
     pub(crate) waiting: HashMap<u16, Waiting>,
     pub(crate) wake_later: VecDeque<WakeLater>,
     pub(crate) spawner: Spawner,
+    pub(crate) spare: SpareSockets,
     pub(crate) next_id: HandoffId,
     serials: u64,
     /// Hand-offs whose next message is due at once: busy polling pays.
@@ -183,6 +187,7 @@ impl Engine {
             waiting: HashMap::new(),
             wake_later: VecDeque::new(),
             spawner: Spawner::start(waker)?,
+            spare: SpareSockets::default(),
             next_id: parts.first_id,
             serials: 0,
             in_flight: 0,
@@ -225,6 +230,9 @@ impl Engine {
                 busy_until = Instant::now() + self.config.handoff.spin;
             }
             self.run_timers();
+            if self.in_flight == 0 && self.peer_listener.is_some() {
+                self.spare.refill(SPARE_SOCKETS);
+            }
         }
         Ok(())
     }

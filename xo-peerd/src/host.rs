@@ -1,12 +1,12 @@
 //! The host's side of a hand-off: carries out what `xo_proto::handoff::Host` decides.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
-use xo_proto::conn::ConnRecord;
+use xo_proto::conn::{ConnRecord, SockOptions};
 use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS};
 use xo_proto::ipc::Offload;
 use xo_proto::packet;
@@ -14,7 +14,7 @@ use xo_proto::reason::Reason;
 use xo_proto::slot;
 use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
-use xo_sys::tcp_repair;
+use xo_sys::tcp_repair::{self, Ends};
 
 use crate::clock::now_ns;
 use crate::config::Order;
@@ -35,6 +35,8 @@ pub(crate) struct HostFlow {
     /// The server's socket, until it is emptied.
     socket: Option<OwnedFd>,
     verdict: Option<(Rc<SlotTable>, u32, u32)>,
+    ends: Ends,
+    options: Option<SockOptions>,
     /// Addresses of the connection.
     pub(crate) client: SocketAddr,
     /// The address the client talks to.
@@ -85,10 +87,7 @@ impl Engine {
     pub(crate) fn on_offload(&mut self, index: usize, offload: Offload, socket: OwnedFd) {
         let received = now_ns();
         let Some(slots) = self.libraries.get(index).and_then(|l| l.slots.clone()) else { return };
-        let socket = TcpStream::from(socket);
-        let addresses = socket.peer_addr().and_then(|c| Ok((c, socket.local_addr()?)));
-        let socket = OwnedFd::from(socket);
-        let Ok((client, local)) = addresses else {
+        let Ok(ends) = tcp_repair::ends(socket.as_raw_fd()) else {
             slots.decide(offload.slot, offload.generation, slot::stay(Reason::NotEstablished));
             let _ = tcp_repair::poke(socket.as_raw_fd());
             return self.metrics.refused(Reason::NotEstablished);
@@ -99,9 +98,11 @@ impl Engine {
             machine: Host::new(false),
             socket: Some(socket),
             verdict: Some((slots, offload.slot, offload.generation)),
-            client: canonical(client),
-            local: canonical(local),
-            key: flow_key(client, local),
+            client: ends.client,
+            local: ends.local,
+            ends,
+            options: None,
+            key: flow_key(ends.client, ends.local),
             target: offload.target,
             address: offload.address,
             handler: offload.handler,
@@ -190,7 +191,8 @@ impl Engine {
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
         self.collect_held();
         let Some(flow) = self.hosted.get(&id) else { return };
-        let served = flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        let served =
+            flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
         self.host_event(id, HostEvent::DoubtOver { served });
     }
 
@@ -247,7 +249,8 @@ impl Engine {
             HostAction::Redirect(to) => return self.redirect(id, to),
             HostAction::SendHostReady => {
                 let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-                self.send_about(id, &PeerMessage::HostReady(HostReady { id, elapsed_ns }));
+                let options = flow.options.take();
+                self.send_about(id, &PeerMessage::HostReady(HostReady { id, options, elapsed_ns }));
                 if let Some(flow) = self.hosted.get_mut(&id) {
                     flow.times.sent_ready = now_ns();
                 }
@@ -317,6 +320,9 @@ impl Engine {
         let PeerMessage::BeginOffload(begin) = message else { return };
         if let Some(flow) = self.hosted.get_mut(&id) {
             flow.record = Some(Box::new(begin.record));
+            // While the target restores.
+            flow.options =
+                flow.socket.as_ref().and_then(|s| tcp_repair::options(s.as_raw_fd(), &flow.ends).ok());
             self.at(Instant::now() + self.config.handoff.timeout, Timer::HostDeadline(id));
         }
     }
@@ -384,7 +390,7 @@ impl Engine {
         log::warn!("{} was lost on its way to {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
         let Some(record) = &flow.record else { return };
-        match tcp_repair::restore(record, flow.local, false, Duration::ZERO) {
+        match tcp_repair::restore(record, flow.local, false, Duration::ZERO, &mut self.spare) {
             Ok(socket) => {
                 if let Err(e) = socket.reset() {
                     log::error!("resetting {}: {e}", flow.client);
@@ -413,7 +419,7 @@ impl Engine {
 
 fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
     let socket = flow.socket.as_ref().ok_or(Reason::Closed)?;
-    let result = tcp_repair::dump(socket.as_raw_fd(), MAX_QUEUES);
+    let result = tcp_repair::dump(socket.as_raw_fd(), &flow.ends, MAX_QUEUES);
     flow.times.dumped = now_ns();
     match result {
         Ok(record) => {
@@ -474,9 +480,4 @@ fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
         ready_ns,
         total_ns: handed_at.saturating_sub(t.decided),
     }
-}
-
-/// IPv4 in IPv6 clothes (an AF_INET6 listener's connection) is IPv4 on the wire.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -120,6 +120,12 @@ impl Engine {
         if let Some(served) = self.served.get_mut(&key) {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
+            let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
+            if let (Some(fd), Some(options)) =
+                (live.or(served.kept.as_ref().map(AsRawFd::as_raw_fd)), &message.options)
+            {
+                tcp_repair::apply_options(fd, options);
+            }
             self.target_event(&key, &TargetEvent::HostReady);
         } else {
             // Restored here once, given up since (time limit, restart): the host must tell the client.
@@ -146,7 +152,10 @@ impl Engine {
             self.refused.pop_front();
         }
         let detail = "no such hand-off".into();
-        self.send_to(index, &PeerMessage::Refuse(Refuse { id: query.id, reason: Reason::PeerTimeout, detail }));
+        self.send_to(
+            index,
+            &PeerMessage::Refuse(Refuse { id: query.id, reason: Reason::PeerTimeout, detail }),
+        );
     }
 
     /// Early order: was it confirmed?
@@ -216,10 +225,6 @@ impl Engine {
             TargetAction::SendReady => {
                 if let Some(ready) = self.served.get(key).and_then(|s| s.ready.clone()) {
                     self.send_to_host(key, &PeerMessage::TargetReady(ready));
-                }
-                // While the host redirects.
-                if let Some(restored) = self.served.get(key).and_then(|s| s.restored.as_ref()) {
-                    restored.apply_options();
                 }
                 self.at(Instant::now() + PATIENCE, Timer::TargetDeadline(key.clone()));
             }
@@ -295,10 +300,11 @@ impl Engine {
         };
         let t0 = now_ns();
         let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(served.begun_ns));
-        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed).map_err(|e| {
-            served.refusal = e.to_string();
-            Reason::RestoreFailed
-        })?;
+        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed, &mut self.spare)
+            .map_err(|e| {
+                served.refusal = e.to_string();
+                Reason::RestoreFailed
+            })?;
         let t1 = now_ns();
         let local = restored.local();
         let rewrite = flow_key(begin.record.client, local);
@@ -333,9 +339,6 @@ impl Engine {
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
         let early = served.state() == TargetState::Started && served.host_ready_ns == 0;
-        if early {
-            restored.apply_options();
-        }
         // A response follows at once, so no window probe is needed.
         let socket = match restored.start(false, served.elapsed) {
             Ok(socket) => OwnedFd::from(socket),

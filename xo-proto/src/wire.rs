@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use bincode::{Decode, Encode};
 
-use crate::conn::ConnRecord;
+use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
@@ -104,6 +104,8 @@ pub struct BeginOffload {
 pub struct HostReady {
     /// The hand-off.
     pub id: HandoffId,
+    /// Options that the server had set; `None` when they could not be read.
+    pub options: Option<SockOptions>,
     /// Time since the dump, ns. The timestamp clock goes on by as much: the emptied socket may have sent an
     /// acknowledgement meanwhile, and the client drops what looks older (RFC 7323, 5.3).
     pub elapsed_ns: u64,

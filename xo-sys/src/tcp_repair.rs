@@ -21,8 +21,8 @@ use xo_proto::reason::Reason;
 
 use crate::raw::{self, sys};
 
-pub use dump::dump;
-pub use restore::{Repaired, restore};
+pub use dump::{Ends, dump, ends, options};
+pub use restore::{Repaired, SpareSockets, apply_options, restore};
 
 /// Leave repair mode without a window probe (`TCP_REPAIR_OFF_NO_WP`).
 const OFF_NO_PROBE: i32 = -1;
@@ -32,6 +32,10 @@ const SEND_QUEUE: i32 = 2;
 const TCP_REPAIR_WINDOW: i32 = 29;
 const TCP_ULP: i32 = 31;
 const SO_BUF_LOCK: i32 = 72;
+const SO_MEMINFO: i32 = 55;
+/// Indices of SO_MEMINFO's numbers (linux/sock_diag.h).
+const SK_MEMINFO_RCVBUF: usize = 1;
+const SK_MEMINFO_SNDBUF: usize = 3;
 const SIOCOUTQNSD: i32 = 0x894b;
 /// include/net/tcp_states.h.
 const ESTABLISHED: u8 = 1;

@@ -173,9 +173,7 @@ impl Host {
             (S::Doubt, E::DoubtOver { served: false }) => {
                 then(S::Done, &[A::SendAbort, A::TakeBack, A::Stay(Reason::PeerTimeout)])
             }
-            (S::Doubt, E::DoubtOver { served: true }) => {
-                then(S::Done, &[A::SendAbort, A::Vacate, A::Reset])
-            }
+            (S::Doubt, E::DoubtOver { served: true }) => then(S::Done, &[A::SendAbort, A::Vacate, A::Reset]),
 
             // The driver reports this before it goes on, so nothing has left yet.
             (S::Redirected, E::RedirectFailed) if !before => {
@@ -187,7 +185,9 @@ impl Host {
             // HOST_READY may be lost with the channel; the target answers a repeated one.
             (S::Redirected, E::PeerBack) => then(S::Redirected, &[A::SendHostReady]),
             (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset]),
-            (S::Redirected | S::Offloaded, E::Closed) => then(S::Done, &[A::RemoveRedirect, A::SendClosedAck]),
+            (S::Redirected | S::Offloaded, E::Closed) => {
+                then(S::Done, &[A::RemoveRedirect, A::SendClosedAck])
+            }
             (state, _) => state,
         };
     }
