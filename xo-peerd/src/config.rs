@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
@@ -117,6 +118,8 @@ pub(crate) struct Steering {
     pub(crate) max_flows: u32,
     /// Room for held packets, bytes; a power of two.
     pub(crate) hold_bytes: u32,
+    /// Where programs and maps are pinned, to outlive the daemon; `None`: they end with it.
+    pub(crate) pin_directory: Option<PathBuf>,
 }
 
 impl Default for Handoff {
@@ -132,7 +135,7 @@ impl Default for Handoff {
 
 impl Default for Steering {
     fn default() -> Self {
-        Steering { max_flows: 65_536, hold_bytes: 4 << 20 }
+        Steering { max_flows: 65_536, hold_bytes: 4 << 20, pin_directory: None }
     }
 }
 
@@ -192,6 +195,7 @@ struct FileLimits {
 struct FileSteering {
     max_flows: Option<Spanned<u32>>,
     hold_bytes: Option<Spanned<u32>>,
+    pin_directory: Option<Spanned<PathBuf>>,
 }
 
 impl Config {
@@ -224,7 +228,6 @@ impl Config {
             key: directory.join("node.key"),
         };
         Config {
-            node: node.trim().to_owned(),
             listen: None,
             socket,
             interfaces: Vec::new(),
@@ -235,9 +238,16 @@ impl Config {
             users: Vec::new(),
             handlers: Vec::new(),
             handoff: Handoff::default(),
-            steering: Steering::default(),
+            steering: Steering { pin_directory: default_pins(node.trim()), ..Steering::default() },
+            node: node.trim().to_owned(),
         }
     }
+}
+
+/// Daemons in several network namespaces share one BPF file system.
+fn default_pins(node: &str) -> Option<PathBuf> {
+    let namespace = fs::metadata("/proc/self/ns/net").ok()?.ino();
+    Some(Path::new("/sys/fs/bpf/xo").join(format!("{node}-{namespace}")))
 }
 
 type Fail<'f> = &'f dyn Fn(usize, String) -> ConfigError;
@@ -277,9 +287,11 @@ impl File {
             user_id(name.get_ref())
                 .ok_or_else(|| fail(name.span().start, format!("no user `{}`", name.get_ref())))
         });
+        let node = self.node.into_inner();
+        let steering = self.steering.checked(&node, fail)?;
         Ok(Config {
             users: users.collect::<Result<_, _>>()?,
-            node: self.node.into_inner(),
+            node,
             listen: self.listen,
             socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
@@ -289,7 +301,7 @@ impl File {
             insecure: self.insecure,
             handlers,
             handoff: self.limits.checked(self.handoff),
-            steering: self.steering.checked(fail)?,
+            steering,
         })
     }
 }
@@ -332,8 +344,19 @@ impl FileLimits {
 }
 
 impl FileSteering {
-    fn checked(self, fail: Fail<'_>) -> Result<Steering, ConfigError> {
-        let mut steering = Steering::default();
+    fn checked(self, node: &str, fail: Fail<'_>) -> Result<Steering, ConfigError> {
+        let mut steering = Steering { pin_directory: default_pins(node), ..Steering::default() };
+        if let Some(directory) = self.pin_directory {
+            let at = directory.span().start;
+            steering.pin_directory = match directory.into_inner() {
+                none if none == Path::new("none") => None,
+                path if path.starts_with("/sys/fs/bpf/") => Some(path),
+                path => {
+                    let message = format!("pin_directory {}: \"none\", or below /sys/fs/bpf", path.display());
+                    return Err(fail(at, message));
+                }
+            };
+        }
         if let Some(n) = self.max_flows {
             if *n.get_ref() == 0 {
                 return Err(fail(n.span().start, "max_flows is at least 1".into()));

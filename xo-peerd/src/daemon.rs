@@ -22,7 +22,9 @@ use crate::engine::{Engine, Parts};
 use crate::links;
 use crate::metrics::Metrics;
 use crate::metrics_http::{self, Published};
+use crate::state::State;
 use crate::steer::Steer;
+use crate::steer::pin::{Pins, Sizes};
 use crate::tls::Tls;
 
 /// Everyone may connect to the socket; who may use it is decided by peer credentials and tickets.
@@ -57,8 +59,18 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
     }
     let mtu = complete_addresses(&mut config)?;
     let features = probe::Features::detect();
-    let steer = Steer::load(&config.interfaces, config.steering.max_flows, config.steering.hold_bytes)?;
+    // Only one daemon at a time: whoever has the socket has the pinned maps.
     let ipc_listener = listen_local(&config)?;
+    let wanted = Sizes { flows: config.steering.max_flows, ring: config.steering.hold_bytes };
+    let pins = config.steering.pin_directory.as_ref().and_then(|directory| {
+        let opened = Pins::open(directory, wanted);
+        opened
+            .inspect_err(|e| {
+                log::warn!("{}: {e}: connections will end with this daemon", directory.display())
+            })
+            .ok()
+    });
+    let steer = Steer::load(&config.interfaces, wanted, pins)?;
     let socket = config.socket.clone();
     let peer_listener = config
         .listen
@@ -79,6 +91,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
     let mut random = [0_u8; 20];
     fill_random(&mut random)?;
     let (ticket, epoch) = split_random(random);
+    let state = State::load(&socket, ticket).map_err(|e| format!("state of {}: {e}", socket.display()))?;
     log::info!(
         "xo-peerd {} on {}: socket {}, peers {}, interfaces {} ({}), addresses {:?}",
         env!("CARGO_PKG_VERSION"),
@@ -99,7 +112,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         diag: TcpLookup::new()?,
         tls,
         hello,
-        ticket,
+        state,
         // Numbers of an earlier life of this daemon must not be met again.
         first_id: u64::from(epoch) << 32,
         mtu,

@@ -31,6 +31,19 @@ pub(crate) struct Dial {
     pause: Duration,
 }
 
+impl Dial {
+    fn new(address: SocketAddr) -> Dial {
+        Dial {
+            address,
+            index: None,
+            parked: Vec::new(),
+            give_up: None,
+            not_before: Instant::now(),
+            pause: FIRST_PAUSE,
+        }
+    }
+}
+
 impl Engine {
     /// Starts a hand-off at once if its target is connected; otherwise parks it while the connection is
     /// made, or refuses while the target is known to be away.
@@ -42,14 +55,7 @@ impl Engine {
             return;
         }
         let now = Instant::now();
-        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial {
-            address,
-            index: None,
-            parked: Vec::new(),
-            give_up: None,
-            not_before: now,
-            pause: FIRST_PAUSE,
-        });
+        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial::new(address));
         if dial.index.is_none() {
             if now < dial.not_before {
                 self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
@@ -60,6 +66,14 @@ impl Engine {
         dial.parked.push(id);
         if dial.index.is_none() {
             self.dial(&node);
+        }
+    }
+
+    /// A connection to this node is needed, though no hand-off waits for it.
+    pub(crate) fn want(&mut self, node: &str, address: SocketAddr) {
+        if self.connection_to(node, None).is_none() && !self.dials.contains_key(node) {
+            self.dials.insert(node.to_owned(), Dial::new(address));
+            self.dial(node);
         }
     }
 

@@ -17,7 +17,6 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
-use xo_proto::ipc::Ticket;
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -33,6 +32,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
 use crate::tls::Tls;
@@ -90,7 +90,7 @@ pub(crate) struct Engine {
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
-    pub(crate) ticket: Ticket,
+    pub(crate) state: State,
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
@@ -120,7 +120,8 @@ pub(crate) struct Engine {
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
-    stopping: bool,
+    /// Told to stop: by then at the latest.
+    pub(crate) stop_by: Option<Instant>,
     idle_since: Instant,
     last_sweep: Instant,
     last_published: Instant,
@@ -139,7 +140,7 @@ pub(crate) struct Parts {
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
-    pub(crate) ticket: Ticket,
+    pub(crate) state: State,
     pub(crate) first_id: HandoffId,
     pub(crate) mtu: usize,
     pub(crate) ipc_listener: Socket,
@@ -172,7 +173,7 @@ impl Engine {
             diag: parts.diag,
             tls: parts.tls,
             hello: parts.hello,
-            ticket: parts.ticket,
+            state: parts.state,
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
@@ -197,7 +198,7 @@ impl Engine {
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
-            stopping: false,
+            stop_by: None,
             idle_since: now,
             last_sweep: now,
             last_published: now,
@@ -209,7 +210,8 @@ impl Engine {
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut busy_until = Instant::now();
-        while !self.stopping {
+        self.recover();
+        while !self.may_stop() {
             let spinning = self.in_flight > 0 && Instant::now() < busy_until;
             let timeout = if spinning { Some(Duration::ZERO) } else { self.until_next_timer() };
             match self.poll.poll(&mut events, timeout) {
@@ -234,6 +236,7 @@ impl Engine {
                 self.spare.refill(SPARE_SOCKETS);
             }
         }
+        self.leave();
         Ok(())
     }
 
@@ -259,14 +262,7 @@ impl Engine {
     fn on_signal(&mut self) {
         let mut buffer = [0; 16];
         let _ = self.signals.read(&mut buffer);
-        if !self.hosted.is_empty() || !self.served.is_empty() {
-            log::warn!(
-                "stopping with {} connections offloaded from here and {} served here: they end",
-                self.hosted.len(),
-                self.served.len()
-            );
-        }
-        self.stopping = true;
+        self.begin_stop();
     }
 
     /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
@@ -319,7 +315,7 @@ impl Engine {
             self.idle_since = now;
         } else if self.embedded && now.duration_since(self.idle_since) > EMBEDDED_IDLE {
             log::info!("nobody left to serve: the embedded daemon ends");
-            self.stopping = true;
+            self.stop_by = Some(now);
         }
         self.at(now + TICK, Timer::Tick);
     }

@@ -28,13 +28,22 @@ use crate::steer::{SteerError, flow_key};
 const MAX_QUEUES: usize = 15 << 20;
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
+/// So has one that has been idle for this long while the target's daemon cannot be reached.
+const AWAY_AFTER: Duration = Duration::from_secs(1800);
+
+/// Where a verdict is to be written: table, slot, generation.
+type Verdict = (Rc<SlotTable>, u32, u32);
+
+fn decide((slots, index, generation): &Verdict, state: u32) {
+    slots.decide(*index, *generation, state);
+}
 
 /// One connection offloaded from here, or about to be.
 pub(crate) struct HostFlow {
     machine: Host,
     /// The server's socket, until it is emptied.
     socket: Option<OwnedFd>,
-    verdict: Option<(Rc<SlotTable>, u32, u32)>,
+    verdict: Option<Verdict>,
     ends: Ends,
     options: Option<SockOptions>,
     /// Addresses of the connection.
@@ -76,6 +85,35 @@ struct Times {
 }
 
 impl HostFlow {
+    /// A connection about which nothing has been done.
+    pub(crate) fn new(
+        machine: Host,
+        ends: Ends,
+        key: FlowKey,
+        target: String,
+        address: SocketAddr,
+    ) -> HostFlow {
+        HostFlow {
+            machine,
+            socket: None,
+            verdict: None,
+            ends,
+            options: None,
+            client: ends.client,
+            local: ends.local,
+            key,
+            target,
+            address,
+            handler: String::new(),
+            peer: None,
+            record: None,
+            asked: None,
+            held: Vec::new(),
+            to: None,
+            times: Times::default(),
+        }
+    }
+
     /// Where the hand-off stands.
     pub(crate) fn state(&self) -> HostState {
         self.machine.state()
@@ -94,27 +132,50 @@ impl Engine {
         };
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let flow = HostFlow {
-            machine: Host::new(false),
-            socket: Some(socket),
-            verdict: Some((slots, offload.slot, offload.generation)),
-            client: ends.client,
-            local: ends.local,
-            ends,
-            options: None,
-            key: flow_key(ends.client, ends.local),
-            target: offload.target,
-            address: offload.address,
-            handler: offload.handler,
-            peer: None,
-            record: None,
-            asked: None,
-            held: Vec::new(),
-            to: None,
-            times: Times { decided: offload.decided_ns, received, ..Times::default() },
-        };
+        let key = flow_key(ends.client, ends.local);
+        let mut flow = HostFlow::new(Host::new(false), ends, key, offload.target, offload.address);
+        flow.handler = offload.handler;
+        flow.socket = Some(socket);
+        flow.verdict = Some((slots, offload.slot, offload.generation));
+        flow.times = Times { decided: offload.decided_ns, received, ..Times::default() };
         self.hosted.insert(id, flow);
+        if self.is_stopping() {
+            return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
+        }
         self.start_when_connected(id);
+    }
+
+    /// A library has a connection whose hand-off an earlier daemon did not finish.
+    pub(crate) fn on_recover(&mut self, index: usize, slot: u32, generation: u32, socket: OwnedFd) {
+        let Some(slots) = self.libraries.get(index).and_then(|l| l.slots.clone()) else { return };
+        let verdict = (slots, slot, generation);
+        let fd = socket.as_raw_fd();
+        let known = tcp_repair::ends(fd).ok().and_then(|ends| {
+            let id = self.steer.flow(&flow_key(ends.client, ends.local))?.flow_id;
+            self.hosted.get_mut(&id).map(|flow| (ends, flow))
+        });
+        match known {
+            Some((_, flow)) if flow.to.is_some() => {
+                flow.socket = Some(socket);
+                flow.verdict = Some(verdict);
+                vacate(flow);
+            }
+            Some((ends, flow)) => {
+                flow.ends = ends;
+                flow.record = tcp_repair::dump(fd, &ends, MAX_QUEUES).ok().map(Box::new);
+                flow.socket = Some(socket);
+                flow.verdict = Some(verdict);
+            }
+            None => {
+                // Settled, or never begun.
+                if let Err(e) = tcp_repair::resume(fd) {
+                    log::error!("taking a connection back: {e}");
+                }
+                decide(&verdict, slot::stay(Reason::DaemonLost));
+                let _ = tcp_repair::poke(fd);
+                self.metrics.refused(Reason::DaemonLost);
+            }
+        }
     }
 
     /// The target's daemon is connected: go.
@@ -291,7 +352,8 @@ impl Engine {
 
     fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
         let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
-        let result = self.steer.hold(&flow.key, id).map_err(|e| match e {
+        let peer = self.state.number(&flow.target, Some(flow.address));
+        let result = self.steer.hold(&flow.key, id, peer).map_err(|e| match e {
             SteerError::Full | SteerError::Exists => Reason::TableFull,
             e => {
                 log::error!("flow table: {e}");
@@ -332,7 +394,8 @@ impl Engine {
         self.send_late(id, to);
         self.replay_all_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
-        if let Err(e) = self.steer.redirect(&flow.key, id, to) {
+        let peer = self.state.number(&flow.target, Some(flow.address));
+        if let Err(e) = self.steer.redirect(&flow.key, id, peer, to) {
             log::error!("redirecting {}: {e}", flow.client);
             return Some(HostEvent::RedirectFailed);
         }
@@ -404,11 +467,15 @@ impl Engine {
     pub(crate) fn sweep_hosted(&mut self) {
         let now = now_ns();
         let orphan = |f: &HostFlow| {
-            f.state() == HostState::Offloaded
-                && self.steer.flow(&f.key).is_none_or(|e| {
-                    e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
-                        && Duration::from_nanos(now.saturating_sub(e.last_ns)) > ORPHAN_AFTER
-                })
+            if !matches!(f.state(), HostState::Redirected | HostState::Offloaded) {
+                return false;
+            }
+            // No entry: the client has used its port for a new connection.
+            let Some(entry) = self.steer.flow(&f.key) else { return true };
+            let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns));
+            let closed = entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0;
+            let away = self.connection_to(&f.target, f.peer).is_none();
+            (closed && idle > ORPHAN_AFTER) || (away && idle > AWAY_AFTER)
         };
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| orphan(f)).map(|(id, _)| *id).collect();
         for id in ids {
@@ -435,8 +502,8 @@ fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
 
 /// The verdict first: the events that emptying raises must find it.
 fn vacate(flow: &mut HostFlow) {
-    if let Some((slots, index, generation)) = flow.verdict.take() {
-        slots.decide(index, generation, slot::GONE);
+    if let Some(verdict) = flow.verdict.take() {
+        decide(&verdict, slot::GONE);
     }
     if let Some(socket) = flow.socket.take()
         && let Err(e) = tcp_repair::vacate(socket.as_raw_fd())
@@ -446,8 +513,8 @@ fn vacate(flow: &mut HostFlow) {
 }
 
 fn stay(flow: &mut HostFlow, reason: Reason) {
-    if let Some((slots, index, generation)) = flow.verdict.take() {
-        slots.decide(index, generation, slot::stay(reason));
+    if let Some(verdict) = flow.verdict.take() {
+        decide(&verdict, slot::stay(reason));
     }
     if let Some(socket) = flow.socket.take() {
         // Edge-triggered servers have seen their edge; this raises a fresh one.

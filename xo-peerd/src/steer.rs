@@ -12,12 +12,19 @@ use xo_bpf_abi::{
     INGRESS_PROGRAM, PATHS, REWRITES_MAP, RewriteEntry,
 };
 
+pub(crate) mod pin;
+
+use self::pin::{Pins, Sizes};
+use crate::clock::now_ns;
+
 /// Built by scripts/build-bpf.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../xo-bpf/obj/xo.bpf.o"));
 
 /// `BPF_NOEXIST`: insert only.
 const NO_EXIST: u64 = 1;
+/// `BPF_EXIST`: change only.
+const EXIST: u64 = 2;
 
 /// Why steering failed.
 #[derive(Debug, thiserror::Error)]
@@ -47,52 +54,98 @@ pub(crate) struct Steer {
     counters: PerCpuArray<MapData, u64>,
     entries: usize,
     mode: &'static str,
+    pins: Option<Pins>,
     _programs: Ebpf,
 }
 
 impl Steer {
     /// Loads the programs and attaches them to the interfaces, first in order: by TCX, or by clsact on
-    /// kernels before 6.6. `max_flows` sizes both tables, `ring_bytes` (a power of two, whole pages) the ring of
-    /// held packets.
-    pub(crate) fn load(interfaces: &[String], max_flows: u32, ring_bytes: u32) -> Result<Steer, SteerError> {
-        let mut programs = load_object(max_flows, ring_bytes)?;
-        let mut mode = "tcx";
+    /// kernels before 6.6. With `pins`, they and their maps outlive this process, and those of an earlier one are taken
+    /// over.
+    pub(crate) fn load(
+        interfaces: &[String],
+        wanted: Sizes,
+        pins: Option<Pins>,
+    ) -> Result<Steer, SteerError> {
+        let mut programs = load_object(pins.as_ref().map_or(wanted, Pins::sizes), pins.as_ref())?;
+        let (mut mode, mut pins) = ("tcx", pins);
         for (name, hook) in [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
         {
             let program = classifier(&mut programs, name)?;
             program.load().map_err(|e| SteerError::Load(chain(&e)))?;
             for interface in interfaces {
+                if let Some(pinned) = &pins {
+                    match pinned.attach(program, interface, hook) {
+                        Ok(()) => continue,
+                        Err(e) => {
+                            log::warn!("interface {interface}: {e}: connections will end with this daemon");
+                            let _ = pinned.clear();
+                            pins = None;
+                        }
+                    }
+                }
                 if !attach(program, interface, hook)? {
                     mode = "clsact";
                 }
             }
         }
-        Ok(Steer {
+        let mut steer = Steer {
             flows: HashMap::try_from(map(&mut programs, FLOWS_MAP)?)?,
             rewrites: HashMap::try_from(map(&mut programs, REWRITES_MAP)?)?,
             held: RingBuf::try_from(map(&mut programs, HELD_MAP)?)?,
             counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
             entries: 0,
             mode,
+            pins,
             _programs: programs,
-        })
+        };
+        steer.entries = steer.all_flows().len() + steer.all_rewrites().len();
+        Ok(steer)
+    }
+
+    /// All entries of the flow table.
+    pub(crate) fn all_flows(&self) -> Vec<(FlowKey, FlowEntry)> {
+        self.flows.iter().filter_map(Result::ok).collect()
+    }
+
+    /// All entries of the rewrite table.
+    pub(crate) fn all_rewrites(&self) -> Vec<(FlowKey, RewriteEntry)> {
+        self.rewrites.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Do programs and maps outlive this process?
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins.is_some()
+    }
+
+    /// They do not any more.
+    pub(crate) fn unpin(&mut self) {
+        if let Some(pins) = self.pins.take()
+            && let Err(e) = pins.clear()
+        {
+            log::error!("removing the pinned maps: {e}");
+        }
     }
 
     /// Keeps the flow's packets from the local stack and for [`Steer::drain_held`].
-    pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
-        let entry = flow_entry(Action::Hold, flow_id, [0; 4], 0);
+    pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64, peer: u32) -> Result<(), SteerError> {
+        let entry = flow_entry(Action::Hold, flow_id, peer, [0; 4], 0);
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
         self.entries += 1;
         Ok(())
     }
 
     /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
-    pub(crate) fn redirect(&mut self, key: &FlowKey, flow_id: u64, to: SocketAddr) -> Result<(), SteerError> {
-        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
-            return Err(SteerError::Exists);
-        }
-        let entry = flow_entry(Action::Redirect, flow_id, mapped(to.ip()), to.port().to_be());
-        insert(&mut self.flows, key, &entry, 0)
+    pub(crate) fn redirect(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        peer: u32,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        // It may have gone: the client has closed, and uses its port for a new connection.
+        let entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        insert(&mut self.flows, key, &entry, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.
@@ -109,11 +162,12 @@ impl Steer {
         self.flows.get(key, 0).ok()
     }
 
-    /// Gives packets of a restored connection the host's source address.
+    /// Gives packets of a restored connection the host's source address; `names` are the numbers of host and handler.
     pub(crate) fn rewrite(
         &mut self,
         key: &FlowKey,
         flow_id: u64,
+        names: (u32, u16),
         from: SocketAddr,
     ) -> Result<(), SteerError> {
         let entry = RewriteEntry {
@@ -123,7 +177,8 @@ impl Steer {
             last_ns: 0,
             from_addr: mapped(from.ip()),
             from_port: from.port().to_be(),
-            pad: [0; 6],
+            handler: names.1,
+            peer: names.0,
         };
         insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
         self.entries += 1;
@@ -199,29 +254,44 @@ fn mapped(ip: IpAddr) -> [u32; 4] {
     words
 }
 
-fn flow_entry(action: Action, flow_id: u64, to_addr: [u32; 4], to_port: u16) -> FlowEntry {
+/// An address as the maps hold it.
+pub(crate) fn address(ip: [u32; 4], port: u16) -> SocketAddr {
+    let mut octets = [0; 16];
+    for (to, word) in octets.as_chunks_mut::<4>().0.iter_mut().zip(ip) {
+        *to = word.to_ne_bytes();
+    }
+    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port))
+}
+
+fn flow_entry(action: Action, flow_id: u64, peer: u32, to_addr: [u32; 4], to_port: u16) -> FlowEntry {
     FlowEntry {
         flow_id,
         packets: 0,
         bytes: 0,
-        last_ns: 0,
+        last_ns: now_ns(),
         action: action as u32,
         flags: 0,
         to_addr,
         to_port,
-        pad: [0; 6],
+        pad: 0,
+        peer,
     }
 }
 
-fn load_object(max_flows: u32, ring_bytes: u32) -> Result<Ebpf, SteerError> {
+fn load_object(sizes: Sizes, pins: Option<&Pins>) -> Result<Ebpf, SteerError> {
     let cpus = aya::util::nr_cpus().map_or(1, |n| n as u32);
-    EbpfLoader::new()
-        .map_max_entries(FLOWS_MAP, max_flows)
-        .map_max_entries(REWRITES_MAP, max_flows)
-        .map_max_entries(HELD_MAP, ring_bytes)
-        .map_max_entries("SCRATCH", cpus)
-        .load(OBJECT)
-        .map_err(|e| SteerError::Load(chain(&e)))
+    let mut loader = EbpfLoader::new();
+    loader
+        .map_max_entries(FLOWS_MAP, sizes.flows)
+        .map_max_entries(REWRITES_MAP, sizes.flows)
+        .map_max_entries(HELD_MAP, sizes.ring)
+        .map_max_entries("SCRATCH", cpus);
+    if let Some(pins) = pins {
+        for name in [FLOWS_MAP, REWRITES_MAP, HELD_MAP, COUNTERS_MAP] {
+            loader.map_pin_path(name, pins.map(name));
+        }
+    }
+    loader.load(OBJECT).map_err(|e| SteerError::Load(chain(&e)))
 }
 
 fn classifier<'e>(programs: &'e mut Ebpf, name: &str) -> Result<&'e mut SchedClassifier, SteerError> {

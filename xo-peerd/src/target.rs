@@ -62,6 +62,39 @@ pub(crate) struct Served {
 }
 
 impl Served {
+    /// A connection about which nothing has been done; `host` is its address there.
+    pub(crate) fn new(machine: Target, handler: &str, client: SocketAddr, host: SocketAddr) -> Served {
+        Served {
+            machine,
+            peer: usize::MAX,
+            begin: None,
+            restored: None,
+            kept: None,
+            answers: 0,
+            handler: handler.to_owned(),
+            mode: None,
+            acceptor: None,
+            client,
+            local: host,
+            host,
+            rewrite: None,
+            place: Place::None,
+            ending: None,
+            ready: None,
+            begun_ns: 0,
+            host_ready_ns: 0,
+            started_ns: None,
+            counted: false,
+            elapsed: Duration::ZERO,
+            refusal: String::new(),
+        }
+    }
+
+    /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
+    pub(crate) fn watch(&mut self) {
+        self.ending = Some((Instant::now(), LONGEST_LOOK));
+    }
+
     /// Where the hand-off stands.
     pub(crate) fn state(&self) -> TargetState {
         self.machine.state()
@@ -83,30 +116,11 @@ impl Engine {
             // A process is started for each connection of an `exec` handler: the host does not wait for that.
             let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
             let early = begin.start && fresh && matches!(mode, Some(HandlerMode::Attach { .. }));
-            let served = Served {
-                machine: Target::new(early),
-                peer: index,
-                restored: None,
-                kept: None,
-                answers: 0,
-                handler: begin.handler.clone(),
-                mode: None,
-                acceptor: None,
-                client: begin.record.client,
-                local: begin.record.local,
-                host: begin.record.local,
-                rewrite: None,
-                place: Place::None,
-                ending: None,
-                ready: None,
-                begun_ns,
-                host_ready_ns: 0,
-                started_ns: None,
-                counted: false,
-                elapsed: Duration::ZERO,
-                refusal: String::new(),
-                begin: Some(Box::new(begin)),
-            };
+            let mut served =
+                Served::new(Target::new(early), &begin.handler, begin.record.client, begin.record.local);
+            served.peer = index;
+            served.begun_ns = begun_ns;
+            served.begin = Some(Box::new(begin));
             self.served.insert(key.clone(), served);
         }
         self.target_event(&key, &TargetEvent::Begin);
@@ -267,7 +281,11 @@ impl Engine {
     }
 
     fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
+        let stopping = self.is_stopping();
         let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        if stopping {
+            return Err(Reason::Stopping);
+        }
         let begin = served.begin.take().ok_or(Reason::Closed)?;
         let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
         let mode = handler.map(|h| h.mode.clone()).ok_or_else(|| {
@@ -308,7 +326,8 @@ impl Engine {
         let t1 = now_ns();
         let local = restored.local();
         let rewrite = flow_key(begin.record.client, local);
-        self.steer.rewrite(&rewrite, key.1, begin.record.local).map_err(|e| {
+        let names = (self.state.number(&key.0, None), self.state.number(&begin.handler, None) as u16);
+        self.steer.rewrite(&rewrite, key.1, names, begin.record.local).map_err(|e| {
             served.refusal = e.to_string();
             match e {
                 SteerError::Full | SteerError::Exists => Reason::TableFull,

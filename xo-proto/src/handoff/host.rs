@@ -115,6 +115,14 @@ impl Host {
         Host { state: HostState::Asked, early, started: false }
     }
 
+    /// A hand-off of an earlier daemon of this machine: it was begun, and nobody knows what the target has made of it
+    /// (`Doubt`), or its flow is redirected and `HOST_READY` may not have arrived (`Redirected`).
+    #[must_use]
+    pub fn recovered(redirected: bool) -> Host {
+        let state = if redirected { HostState::Redirected } else { HostState::Doubt };
+        Host { state, early: true, started: true }
+    }
+
     /// Where the hand-off stands.
     #[must_use]
     pub fn state(&self) -> HostState {

@@ -92,6 +92,12 @@ impl Target {
         Target { state: TargetState::New, early }
     }
 
+    /// A connection that a handler of this machine has had since an earlier daemon's days.
+    #[must_use]
+    pub fn recovered() -> Target {
+        Target { state: TargetState::Served, early: false }
+    }
+
     /// Where the hand-off stands.
     #[must_use]
     pub fn state(&self) -> TargetState {
