@@ -52,9 +52,9 @@ pub(crate) fn closing_range(first: u32, last: u32) {
 fn gone(fd: c_int) {
     match fdtable::get(fd) {
         Entry::Connection(_) => conn::forget(fd),
-        // An epoll instance has no entry.
+        // An epoll instance may have no entry.
         Entry::None => register::closing(fd),
-        Entry::Listener(_) | Entry::Other => {
+        Entry::Listener(_) | Entry::Other | Entry::Epoll => {
             register::closing(fd);
             conn::forget(fd);
         }
