@@ -283,7 +283,11 @@ hooks! {
     }
 
     fn shutdown(fd: c_int, how: c_int) -> c_int {
-        lifecycle::shutting_down(fd);
+        if lifecycle::shutting_down(fd) {
+            // What an emptied socket answers.
+            io::set_errno(libc::ENOTCONN);
+            return -1;
+        }
         unsafe { real()(fd, how) }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use xo_tests::counters::Counters;
 use xo_tests::kinds::{Kind, Server};
-use xo_tests::program::wait_for;
+use xo_tests::program::{stay_on_one_processor, wait_for};
 use xo_tests::servers::{PEER_PORT, PeerdOptions, address, address6};
 use xo_tests::{Bed, Connection, content};
 
@@ -101,6 +101,7 @@ fn round(bed: &Bed, connections: u32) -> Vec<String> {
 }
 
 fn hands_over(kind: Kind, at_once: u32, rounds: u32) {
+    stay_on_one_processor();
     let bed = Bed::up(2, 1);
     let nodes = ["host", "t1", "t2"];
     let _daemons = nodes.map(|n| bed.peerd(n, &PeerdOptions::default()));
