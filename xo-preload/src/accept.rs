@@ -19,7 +19,7 @@ pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
     match fdtable::get(fd) {
         Entry::Listener(port) => Some(port),
         Entry::Other | Entry::Connection(_) => None,
-        Entry::None => {
+        Entry::None | Entry::Epoll => {
             init::active_policy()?;
             let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| init::tracks(*p));
             fdtable::set(fd, port.map_or(Entry::Other, Entry::Listener));
@@ -58,16 +58,23 @@ pub(crate) fn accept(
         }
         conn::forget(accepted);
         let Ok((client, _)) = raw::peer_address(accepted) else { return accepted };
-        if daemon::is_wake_port(client.port()) && is_own_address(accepted, client.ip()) {
-            raw::close(accepted);
+        let announced = daemon::is_wake_port(client.port());
+        if (announced || register::may_be_woken(fd)) && is_own_address(accepted, client.ip()) {
             match daemon::take(client.port()) {
-                Some((deliver, socket)) => return hand_out(fd, &deliver, socket, address, len, flags),
-                // Somebody else has it. A blocking server waits on.
-                None if raw::is_nonblocking(fd) => {
-                    crate::io::set_errno(libc::EAGAIN);
-                    return -1;
+                Some((deliver, socket)) => {
+                    raw::close(accepted);
+                    return hand_out(fd, &deliver, socket, address, len, flags);
                 }
-                None => continue,
+                // Somebody else has it. A blocking server waits on.
+                None if announced => {
+                    raw::close(accepted);
+                    if raw::is_nonblocking(fd) {
+                        crate::io::set_errno(libc::EAGAIN);
+                        return -1;
+                    }
+                    continue;
+                }
+                None => {}
             }
         }
         if client.ip().is_loopback() {

@@ -17,7 +17,7 @@ use crate::{daemon, init, poll};
 const SMALL: usize = 4096;
 const ESTABLISHED: u8 = 1;
 /// A blocking descriptor waits this long for a verdict; the daemon's own limits are far below.
-const VERDICT: Duration = Duration::from_secs(10);
+pub(crate) const VERDICT: Duration = Duration::from_secs(10);
 
 static TURN: AtomicUsize = AtomicUsize::new(0);
 

@@ -283,7 +283,11 @@ hooks! {
     }
 
     fn shutdown(fd: c_int, how: c_int) -> c_int {
-        lifecycle::shutting_down(fd);
+        if lifecycle::shutting_down(fd) {
+            // What an emptied socket answers.
+            io::set_errno(libc::ENOTCONN);
+            return -1;
+        }
         unsafe { real()(fd, how) }
     }
 
@@ -316,11 +320,13 @@ hooks! {
     }
 
     fn epoll_wait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int) -> c_int {
+        register::about_to_wait_with(epoll);
         polling::wait(milliseconds(timeout), |t| unsafe { real()(epoll, events, count, to_milliseconds(t)) })
     }
 
     fn epoll_pwait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int,
                    mask: *const sigset_t) -> c_int {
+        register::about_to_wait_with(epoll);
         polling::wait(milliseconds(timeout), |t| unsafe {
             real()(epoll, events, count, to_milliseconds(t), mask)
         })
@@ -414,6 +420,7 @@ optional_hooks! {
     fn epoll_pwait2(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: *const timespec,
                     mask: *const sigset_t) -> c_int {
         let Some(real) = real() else { return missing() };
+        register::about_to_wait_with(epoll);
         polling::wait(unsafe { from_timespec(timeout) }, |t| {
             let t = t.map(to_timespec);
             unsafe { real(epoll, events, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask) }

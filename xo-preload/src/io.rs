@@ -1,7 +1,6 @@
 //! Reading and writing on followed connections.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use libc::{c_int, iovec};
 use xo_proto::http::{Limit, Progress};
@@ -194,11 +193,12 @@ fn hold_writing(fd: c_int, index: u32, conn: &Conn, flags: c_int) -> Option<isiz
             set_errno(libc::EAGAIN);
             return Some(-1);
         }
-        state = daemon::wait_slot(index, Duration::from_secs(10));
+        state = daemon::wait_slot(index, boundary::VERDICT);
     }
     if state == GONE {
-        // The emptied socket: the real call gives EPIPE.
-        return None;
+        // What an emptied socket answers; this one may not be emptied yet.
+        set_errno(libc::EPIPE);
+        return Some(-1);
     }
     None
 }

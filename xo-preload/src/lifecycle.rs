@@ -1,17 +1,13 @@
 //! listen, close, shutdown, dup.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use libc::c_int;
-use xo_proto::slot::PENDING;
+use xo_proto::slot::{GONE, PENDING};
 use xo_sys::raw;
 
 use crate::fdtable::{self, Entry};
-use crate::{conn, daemon, hide, init, io, register, spawn};
-
-/// A shutdown waits this long for a verdict.
-const VERDICT: Duration = Duration::from_secs(1);
+use crate::{boundary, conn, daemon, hide, init, io, register, spawn};
 
 /// After a successful listen(): on a tracked port there should be a daemon.
 pub(crate) fn listening(fd: c_int) {
@@ -52,22 +48,25 @@ pub(crate) fn closing_range(first: u32, last: u32) {
 fn gone(fd: c_int) {
     match fdtable::get(fd) {
         Entry::Connection(_) => conn::forget(fd),
-        // An epoll instance has no entry.
+        // An epoll instance may have no entry.
         Entry::None => register::closing(fd),
-        Entry::Listener(_) | Entry::Other => {
+        Entry::Listener(_) | Entry::Other | Entry::Epoll => {
             register::closing(fd);
             conn::forget(fd);
         }
     }
 }
 
-/// Before a shutdown: in the middle of a hand-off it would send a FIN from a socket in repair mode.
-pub(crate) fn shutting_down(fd: c_int) {
-    if let Some((index, conn)) = io::followed(fd)
-        && conn.asked.load(Ordering::Acquire)
-        && daemon::slot_state(index) == PENDING
-    {
-        daemon::wait_slot(index, VERDICT);
+/// Before a shutdown. `true`: the connection is elsewhere, leave the socket alone. It may not be emptied yet, and a
+/// FIN from it would end the connection under the target's hands.
+pub(crate) fn shutting_down(fd: c_int) -> bool {
+    let Some((index, conn)) = io::followed(fd) else { return false };
+    if !conn.asked.load(Ordering::Acquire) {
+        return false;
+    }
+    match daemon::slot_state(index) {
+        PENDING => daemon::wait_slot(index, boundary::VERDICT) == GONE,
+        state => state == GONE,
     }
 }
 

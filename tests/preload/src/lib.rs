@@ -7,6 +7,7 @@ pub mod bed;
 pub mod client;
 pub mod content;
 pub mod counters;
+pub mod kinds;
 pub mod load;
 pub mod program;
 pub mod servers;
