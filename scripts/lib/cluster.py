@@ -82,6 +82,11 @@ class Bed:
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.wait()
+        for node in self.nodes:
+            # What a daemon that was killed has left pinned; its name ends in the namespace's number.
+            namespace = pathlib.Path(f"/run/netns/{self.prefix}{node}")
+            if namespace.exists():
+                shutil.rmtree(f"/sys/fs/bpf/xo/{node}-{namespace.stat().st_ino}", ignore_errors=True)
         self._testbed("down")
         shutil.rmtree(self.directory, ignore_errors=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)

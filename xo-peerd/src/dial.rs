@@ -32,15 +32,8 @@ pub(crate) struct Dial {
 }
 
 impl Dial {
-    fn new(address: SocketAddr) -> Dial {
-        Dial {
-            address,
-            index: None,
-            parked: Vec::new(),
-            give_up: None,
-            not_before: Instant::now(),
-            pause: FIRST_PAUSE,
-        }
+    fn new(address: SocketAddr, now: Instant) -> Dial {
+        Dial { address, index: None, parked: Vec::new(), give_up: None, not_before: now, pause: FIRST_PAUSE }
     }
 }
 
@@ -55,7 +48,7 @@ impl Engine {
             return;
         }
         let now = Instant::now();
-        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial::new(address));
+        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial::new(address, now));
         if dial.index.is_none() {
             if now < dial.not_before {
                 self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
@@ -72,7 +65,7 @@ impl Engine {
     /// A connection to this node is needed, though no hand-off waits for it.
     pub(crate) fn want(&mut self, node: &str, address: SocketAddr) {
         if self.connection_to(node, None).is_none() && !self.dials.contains_key(node) {
-            self.dials.insert(node.to_owned(), Dial::new(address));
+            self.dials.insert(node.to_owned(), Dial::new(address, Instant::now()));
             self.dial(node);
         }
     }
@@ -149,6 +142,7 @@ impl Engine {
                 self.begin_on(id, index);
             }
         }
+        self.tell_gone(&node);
         self.peer_back(&node);
     }
 }

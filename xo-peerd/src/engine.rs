@@ -101,6 +101,8 @@ pub(crate) struct Engine {
     pub(crate) served: HashMap<ServedKey, Served>,
     /// Hand-offs that a host asked about before they came.
     pub(crate) refused: VecDeque<ServedKey>,
+    /// Connections served here that ended while there was no daemon; their hosts do not know.
+    pub(crate) gone: Vec<ServedKey>,
     /// Deliveries of withdrawn connections, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
@@ -182,6 +184,7 @@ impl Engine {
             with_held: Vec::new(),
             served: HashMap::new(),
             refused: VecDeque::new(),
+            gone: Vec::new(),
             abandoned: Vec::new(),
             acceptors: Slab::new(),
             next_acceptor: 0,

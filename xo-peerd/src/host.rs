@@ -448,9 +448,15 @@ impl Engine {
 
     /// The target has lost the connection: the client is told by a RST with the right sequence number.
     fn reset(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let entry = self.steer.flow(&flow.key);
         self.unhold(id);
         let Some(flow) = self.hosted.get(&id) else { return };
-        log::warn!("{} was lost on its way to {}: reset", flow.client, flow.target);
+        if entry.is_some_and(|e| e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0) {
+            // It has ended as connections do.
+            return;
+        }
+        log::warn!("{} was lost on {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
         let Some(record) = &flow.record else { return };
         match tcp_repair::restore(record, flow.local, false, Duration::ZERO, &mut self.spare) {

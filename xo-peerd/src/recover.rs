@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{Action, FlowEntry, FlowKey, RewriteEntry};
 use xo_proto::handoff::{Host, HostState, LIMITS, Target, TargetState};
+use xo_proto::reason::Reason;
+use xo_proto::wire::{PeerMessage, Refuse};
 use xo_sys::tcp_repair::Ends;
 
 use crate::engine::{Engine, Timer};
@@ -68,8 +70,9 @@ impl Engine {
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
         let served_key = (Rc::from(host.name.as_str()), entry.flow_id);
         if !matches!(self.diag.state(local, client), Ok(Some(_))) {
-            // It was in repair mode, or has ended meanwhile: its host is told when it asks.
+            // It was in repair mode, or has ended meanwhile.
             let _ = self.steer.remove_rewrite(&key, entry.flow_id);
+            self.gone.push(served_key);
             return;
         }
         let host = steer::address(entry.from_addr, entry.from_port);
@@ -78,6 +81,16 @@ impl Engine {
         served.rewrite = Some(key);
         served.watch();
         self.served.insert(served_key, served);
+    }
+
+    /// A host is connected again: connections that ended while there was no daemon here are not its any more.
+    pub(crate) fn tell_gone(&mut self, node: &str) {
+        for (host, id) in self.gone.extract_if(.., |(host, _)| **host == *node).collect::<Vec<_>>() {
+            let refuse = Refuse { id, reason: Reason::PeerLost, detail: "ended meanwhile".into() };
+            if let Some(index) = self.connection_to(&host, None) {
+                self.send_to(index, &PeerMessage::Refuse(refuse));
+            }
+        }
     }
 
     /// SIGTERM or SIGINT: hand-offs under way are finished; the second time, at once.

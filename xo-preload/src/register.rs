@@ -196,7 +196,10 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
         match daemon::receive_delivery(channel) {
             daemon::Delivery::One(deliver, fd) => return Some((deliver, fd)),
             daemon::Delivery::Nothing => {}
-            daemon::Delivery::End => r.hang_up(),
+            daemon::Delivery::End => {
+                r.hang_up();
+                daemon::check();
+            }
         }
     }
     None

@@ -130,6 +130,12 @@ pub fn withdraw(fd: RawFd) -> io::Result<()> {
     vacate(fd)
 }
 
+/// Is the socket in repair mode? (Everybody may ask.)
+#[must_use]
+pub fn in_repair(fd: RawFd) -> bool {
+    get_u32(fd, libc::TCP_REPAIR).is_ok_and(|on| on != 0)
+}
+
 /// How many bytes the peer has acknowledged in this socket's life (`tcpi_bytes_acked`, RFC 4898
 /// `tcpEStatsAppHCThruOctetsAcked`).
 ///
