@@ -67,7 +67,7 @@ class Bed:
     def __enter__(self):
         try:
             if self.keep is None:
-                self.directory = pathlib.Path(tempfile.mkdtemp(prefix="xo-"))
+                self.directory = pathlib.Path(tempfile.mkdtemp(prefix=f"xo-{self.prefix}"))
             else:
                 self.keep.mkdir()
                 self.directory = self.keep
