@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release"
 # The kernel takes namespaces and programs apart some time after their last user has gone.
 PATIENCE_S = 10
+SWEEP_S = 3
 
 
 def output(*command):
@@ -29,10 +30,18 @@ def output(*command):
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def alive(pid):
+    """Does this process run? One that nobody has waited for yet does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def abandoned(name):
     """Is the process that is named in this name gone, or none named?"""
     owner = re.search(r"(?:xt|xq|check-)(\d+)", name)
-    return owner is None or not pathlib.Path("/proc", owner[1]).exists()
+    return owner is None or not alive(owner[1])
 
 
 def namespaces():
@@ -75,8 +84,7 @@ def programs():
     found = set()
     for program in json.loads(output("bpftool", "-j", "prog", "show")):
         holders = [holder["pid"] for holder in program.get("pids", [])]
-        alive = any(pathlib.Path("/proc", str(pid)).exists() for pid in holders)
-        if program.get("name", "").startswith("xo_") and not alive:
+        if program.get("name", "").startswith("xo_") and not any(map(alive, holders)):
             found.add(f"{program['id']} {program['name']}")
     return found
 
@@ -117,9 +125,20 @@ def left(before):
 
 
 def sweep(before):
-    """Removes what is left."""
+    """Removes what is left, again and again for a while: killed processes may still be about to end."""
+    end = time.monotonic() + SWEEP_S
+    while time.monotonic() < end:
+        remove(before)
+        time.sleep(0.2)
+
+
+def remove(before):
+    """Removes what is left now."""
     for process in left(before)["process"]:
-        os.kill(int(process.split()[0]), signal.SIGKILL)
+        try:
+            os.kill(int(process.split()[0]), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
     more = left(before)
     for name in more["network namespace"]:
         subprocess.run(["ip", "netns", "del", name], check=False)

@@ -29,9 +29,9 @@ STEPS = {
     "queue": "server's decision to xo-peerd",
     "block": "hold the flow's packets",
     "dump": "dump the TCP state",
-    "transfer": "to the target and back, with the next two",
-    "restore": "restore the TCP state",
-    "rewrite": "source rewrite",
+    "transfer": "to the target and back; it may start before",
+    "restore": "  of these: restore the TCP state",
+    "rewrite": "  and: source rewrite",
     "redirect": "replay what was held, redirect",
     "ready": "hand the socket to nginx",
 }
