@@ -15,10 +15,11 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BUILD = ROOT / "target" / "release"
+BUILD = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release"
 PEER_PORT = 7400
 PR_SET_PDEATHSIG = 1
 STARTUP_S = 20
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Sizes of the objects that every node serves.
 SIZES = {"1k": 1 << 10, "10k": 10 << 10, "64k": 64 << 10, "1m": 1 << 20}
@@ -33,7 +34,7 @@ def die(message):
 def end_on_signals():
     """SIGTERM and SIGHUP unwind the stack, as Ctrl-C does."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(128 + number))
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def address(node):
@@ -51,8 +52,12 @@ def content(size):
 class Bed:
     """Namespaces, and what runs in them."""
 
-    def __init__(self, targets, tls=True):
-        self.prefix = f"xq{os.getpid()}-"
+    def __init__(self, targets, tls=True, keep=None):
+        """`keep`: a directory; the bed then has no prefix, and stays after the `with` block once `kept` is set."""
+        self.prefix = f"xq{os.getpid()}-" if keep is None else ""
+        self.keep = keep
+        self.kept = False
+        self.standing = False
         self.nodes = ["host"] + [f"t{i}" for i in range(1, targets + 1)]
         self.targets = self.nodes[1:]
         self.tls = tls
@@ -60,11 +65,16 @@ class Bed:
         self.directory = None
 
     def __enter__(self):
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="xo-"))
-        # nginx's workers run as another user.
-        self.directory.chmod(0o755)
         try:
+            if self.keep is None:
+                self.directory = pathlib.Path(tempfile.mkdtemp(prefix=f"xo-{self.prefix}"))
+            else:
+                self.keep.mkdir()
+                self.directory = self.keep
+            # nginx's workers run as another user.
+            self.directory.chmod(0o755)
             self._testbed("up", "--targets", str(len(self.targets)))
+            self.standing = True
             self._write_files()
         except BaseException:
             self.__exit__(None, None, None)
@@ -72,28 +82,45 @@ class Bed:
         return self
 
     def __exit__(self, *_):
+        if self.kept:
+            return
         # A second Ctrl-C must not leave half of it behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for program in reversed(self.programs):
-            program.terminate()
-        for program in reversed(self.programs):
-            try:
-                program.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                program.kill()
-                program.wait()
-        for node in self.nodes:
-            # What a daemon that was killed has left pinned; its name ends in the namespace's number.
-            namespace = pathlib.Path(f"/run/netns/{self.prefix}{node}")
-            if namespace.exists():
-                shutil.rmtree(f"/sys/fs/bpf/xo/{node}-{namespace.stat().st_ino}", ignore_errors=True)
-        self._testbed("down")
-        shutil.rmtree(self.directory, ignore_errors=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
+        try:
+            for program in reversed(self.programs):
+                program.terminate()
+            for program in reversed(self.programs):
+                try:
+                    program.wait(timeout=5)
+                except subprocess.TimeoutExpired:
+                    program.kill()
+                    program.wait()
+            for node in self.nodes:
+                # What a daemon that was killed has left pinned; its name ends in the namespace's number.
+                namespace = pathlib.Path(f"/run/netns/{self.prefix}{node}")
+                if namespace.exists():
+                    shutil.rmtree(f"/sys/fs/bpf/xo/{node}-{namespace.stat().st_ino}", ignore_errors=True)
+            if self.standing:
+                self._testbed("down")
+        finally:
+            if self.directory is not None:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def _testbed(self, *arguments):
+        """A session of its own: Ctrl-C does not reach it. Interrupted while it waits, it still ends what it began."""
         environment = dict(os.environ, XO_BED_PREFIX=self.prefix)
-        subprocess.run([ROOT / "scripts/testbed", *arguments], env=environment, check=True)
+        command = [ROOT / "scripts/testbed", *arguments]
+        with subprocess.Popen(command, env=environment, start_new_session=True) as script:
+            try:
+                status = script.wait()
+            except BaseException:
+                script.terminate()
+                self.standing = script.wait() == 0
+                raise
+        if status != 0:
+            die(f"scripts/testbed {' '.join(arguments)} failed ({status})")
 
     def _write_files(self):
         www = self.directory / "www"
@@ -130,7 +157,8 @@ class Bed:
         libc = ctypes.CDLL(None)
 
         def in_child():
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if self.keep is None:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
         with (self.directory / f"{name}.log").open("wb") as log:
             program = subprocess.Popen(
@@ -233,7 +261,7 @@ class Bed:
         lines = self.run(node, ["cat", *files]).splitlines()
         values = {}
         for names, numbers in zip(lines[::2], lines[1::2]):
-            if names.startswith(("Tcp:", "TcpExt:")):
+            if names.startswith(("Tcp:", "TcpExt:", "IpExt:")):
                 values.update(zip(names.split()[1:], map(int, numbers.split()[1:])))
         for line in self.run(node, ["cat", "/proc/net/dev"]).splitlines():
             name, _, rest = line.partition(":")

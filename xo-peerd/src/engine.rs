@@ -17,6 +17,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
+use xo_bpf_abi::FlowKey;
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -102,7 +103,7 @@ pub(crate) struct Engine {
     /// Hand-offs that a host asked about before they came.
     pub(crate) refused: VecDeque<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
-    pub(crate) gone: Vec<ServedKey>,
+    pub(crate) gone: Vec<(ServedKey, FlowKey)>,
     /// Deliveries of withdrawn connections, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,

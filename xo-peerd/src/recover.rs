@@ -26,11 +26,12 @@ impl Engine {
         for (key, entry) in self.steer.all_rewrites() {
             self.recover_served(key, &entry);
         }
-        if !self.hosted.is_empty() || !self.served.is_empty() {
+        if !self.hosted.is_empty() || !self.served.is_empty() || !self.gone.is_empty() {
             log::info!(
-                "found {} connections offloaded from here and {} served here",
+                "found {} connections offloaded from here and {} served here, {} that ended meanwhile",
                 self.hosted.len(),
-                self.served.len()
+                self.served.len(),
+                self.gone.len()
             );
         }
     }
@@ -70,9 +71,8 @@ impl Engine {
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
         let served_key = (Rc::from(host.name.as_str()), entry.flow_id);
         if !matches!(self.diag.state(local, client), Ok(Some(_))) {
-            // It was in repair mode, or has ended meanwhile.
-            let _ = self.steer.remove_rewrite(&key, entry.flow_id);
-            self.gone.push(served_key);
+            // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
+            self.gone.push((served_key, key));
             return;
         }
         let host = steer::address(entry.from_addr, entry.from_port);
@@ -85,10 +85,14 @@ impl Engine {
 
     /// A host is connected again: connections that ended while there was no daemon here are not its any more.
     pub(crate) fn tell_gone(&mut self, node: &str) {
-        for (host, id) in self.gone.extract_if(.., |(host, _)| **host == *node).collect::<Vec<_>>() {
+        let its = self.gone.extract_if(.., |((host, _), _)| **host == *node).collect::<Vec<_>>();
+        for ((host, id), key) in its {
             let refuse = Refuse { id, reason: Reason::PeerLost, detail: "ended meanwhile".into() };
             if let Some(index) = self.connection_to(&host, None) {
                 self.send_to(index, &PeerMessage::Refuse(refuse));
+            }
+            if let Err(e) = self.steer.remove_rewrite(&key, id) {
+                log::error!("removing a source rewrite: {e}");
             }
         }
     }
@@ -117,7 +121,7 @@ impl Engine {
 
     /// The last thing: what the kernel goes on doing stays, if there is something; else nothing stays.
     pub(crate) fn leave(&mut self) {
-        let (hosted, served) = (self.hosted.len(), self.served.len());
+        let (hosted, served) = (self.hosted.len(), self.served.len() + self.gone.len());
         if hosted + served == 0 {
             self.steer.unpin();
             self.state.remove();
