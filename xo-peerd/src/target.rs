@@ -352,49 +352,50 @@ impl Engine {
         Ok(())
     }
 
-    /// Leaves repair mode and hands the socket over. `None` while a handler process is being started.
+    /// Hands the socket over and leaves repair mode. `None` while a handler process is being started.
     fn start(&mut self, key: &ServedKey) -> Option<Result<(), Reason>> {
         let served = self.served.get_mut(key)?;
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
-        let early = served.state() == TargetState::Started && served.host_ready_ns == 0;
-        // A response follows at once, so no window probe is needed.
-        let socket = match restored.start(false, served.elapsed) {
-            Ok(socket) => OwnedFd::from(socket),
-            Err(e) => {
+        let (elapsed, early) = (served.elapsed, served.machine.early());
+        let live = |restored: Repaired| {
+            // A response follows at once, so no window probe is needed.
+            restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
                 log::error!("starting the connection of {client}: {e}");
-                return Some(Err(Reason::RestoreFailed));
-            }
+                Reason::RestoreFailed
+            })
         };
-        if early {
-            match socket.try_clone() {
-                Ok(kept) => served.kept = Some(kept),
-                Err(e) => {
-                    log::error!("keeping the connection of {client}: {e}");
-                    empty(&socket, client);
-                    return Some(Err(Reason::RestoreFailed));
-                }
-            }
-        }
         match mode {
             Some(HandlerMode::Attach { port }) => {
-                let result = self.attach(key, port, acceptor, client, socket);
-                let served = self.served.get_mut(key)?;
-                match (&result, &served.kept) {
-                    (Ok(()), _) => served.started_ns = Some(now_ns()),
-                    (Err(e), kept) => {
-                        log::warn!("handing the connection of {client} over: {e}");
-                        // Not a packet has left, so the host can still serve it.
-                        kept.iter().for_each(|fd| empty(fd, client));
-                        served.kept = None;
+                // First into the handler's hands, where it is mute while in repair mode, then live: if this daemon
+                // died in between the other way round, the client would get a reset.
+                let passed = match restored.try_clone() {
+                    Ok(passed) => passed,
+                    Err(e) => {
+                        log::error!("passing the connection of {client} on: {e}");
+                        return Some(Err(Reason::RestoreFailed));
                     }
+                };
+                if let Err(e) = self.attach(key, port, acceptor, client, passed) {
+                    log::warn!("handing the connection of {client} over: {e}");
+                    return Some(Err(Reason::NoHandler));
                 }
-                Some(result.map_err(|_| Reason::NoHandler))
+                let socket = match live(restored) {
+                    Ok(socket) => socket,
+                    Err(reason) => return Some(Err(reason)),
+                };
+                let served = self.served.get_mut(key)?;
+                served.started_ns = Some(now_ns());
+                served.kept = early.then_some(socket);
+                Some(Ok(()))
             }
-            Some(HandlerMode::Exec { command }) => {
-                self.exec(key, command, socket);
-                None
-            }
+            Some(HandlerMode::Exec { command }) => match live(restored) {
+                Ok(socket) => {
+                    self.exec(key, command, socket);
+                    None
+                }
+                Err(reason) => Some(Err(reason)),
+            },
             None => Some(Err(Reason::NoHandler)),
         }
     }
@@ -402,9 +403,18 @@ impl Engine {
     /// `TARGET_READY` of the early order.
     fn send_started(&mut self, key: &ServedKey) {
         let Some(served) = self.served.get_mut(key) else { return };
-        let Some(ready) = served.ready.as_mut() else { return };
-        ready.started_ns = served.started_ns;
-        if served.answers == 0 {
+        let (id, local) = (key.1, served.local);
+        // An earlier daemon's has no times.
+        let ready = served.ready.get_or_insert(TargetReady {
+            id,
+            local,
+            restore_ns: 0,
+            rewrite_ns: 0,
+            total_ns: 0,
+            started_ns: None,
+        });
+        ready.started_ns = served.started_ns.or(Some(now_ns()));
+        if served.answers == 0 && served.begun_ns != 0 {
             ready.total_ns = now_ns().saturating_sub(served.begun_ns);
         }
         served.answers += 1;

@@ -2,6 +2,7 @@
 //!
 //! A child must not use its parent's: a page that the kernel wipes on fork says whose it is.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -18,8 +19,8 @@ use xo_sys::{fdpass, tcp_repair};
 
 use crate::{conn, poll, register};
 
-/// How long the daemon may take to answer a hello or a take.
-const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 500_000 };
+/// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
+const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
 /// Pause after a failed connection; a shorter one while the daemon may just be restarting.
 const PAUSE: Duration = Duration::from_secs(1);
 const SHORT_PAUSE: Duration = Duration::from_millis(50);
@@ -189,8 +190,13 @@ fn recover(old: &SlotTable, channel: RawFd) {
 /// Is the daemon still there? If not, see [`lost`].
 pub(crate) fn check() {
     let fd = fd();
-    if fd >= 0 && is_ours() && raw::peek(fd, &mut [0], libc::MSG_DONTWAIT).is_ok_and(|n| n == 0) {
-        lost();
+    if fd < 0 || !is_ours() {
+        return;
+    }
+    // Nothing comes here unasked. A daemon that died with something unread leaves ECONNRESET.
+    match raw::peek(fd, &mut [0], libc::MSG_DONTWAIT) {
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+        _ => lost(),
     }
 }
 
@@ -233,7 +239,7 @@ pub(crate) fn offload(fd: RawFd, slot: u32, request: impl FnOnce(u32) -> Offload
         }
         Err(e) => {
             slots.clear(slot);
-            if e.kind() == std::io::ErrorKind::WouldBlock {
+            if e.kind() == ErrorKind::WouldBlock {
                 return Err(Reason::DaemonBusy);
             }
             lost();
@@ -295,7 +301,14 @@ pub(crate) fn is_wake_port(port: u16) -> bool {
 
 /// Tells the daemon that this process accepts from a listening socket; see [`ToDaemon::Register`].
 pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
-    is_open() && send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0)
+    if !is_open() {
+        return false;
+    }
+    let sent = send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0);
+    if !sent {
+        check();
+    }
+    sent
 }
 
 /// What a registration's channel gives.
@@ -317,7 +330,7 @@ pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
             (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
             _ => Delivery::Nothing,
         },
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Delivery::Nothing,
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Delivery::Nothing,
         Err(_) => Delivery::End,
     }
 }

@@ -8,8 +8,10 @@ use xo_proto::slot::PENDING;
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{self, Conn, Kind};
-use crate::daemon;
+use crate::{daemon, register};
 
+/// When the daemon dies its descriptors do not close all at once, ns.
+const MOMENT_NS: u64 = 10_000_000;
 /// A verdict takes less than this, ns; later it is worth a look whether the daemon is still there.
 const VERDICT_NS: u64 = 250_000_000;
 
@@ -35,10 +37,19 @@ pub(crate) fn look_for_daemon() {
 /// The daemon has been asked: if it dies, nothing tells a server that only waits.
 pub(crate) fn look_after_daemon() {
     if LOOK.load(Ordering::Relaxed) == 0 {
-        let when = raw::monotonic().as_nanos() as u64 + VERDICT_NS;
-        LOOK.store(when, Ordering::Release);
-        wake_at(when);
+        look_in(VERDICT_NS);
     }
+}
+
+/// One of the daemon's channels has ended: perhaps all have.
+pub(crate) fn look_soon() {
+    look_in(MOMENT_NS);
+}
+
+fn look_in(ns: u64) {
+    let when = raw::monotonic().as_nanos() as u64 + ns;
+    LOOK.store(when, Ordering::Release);
+    wake_at(when);
 }
 
 /// Keeps an incomplete head of `n` bytes from the server: level-triggered waiting stays quiet until more
@@ -84,6 +95,9 @@ fn act(now: Duration) {
     if look != 0 && now >= Duration::from_nanos(look) {
         LOOK.store(0, Ordering::Release);
         daemon::check();
+        if daemon::is_open() {
+            register::announce_lost();
+        }
         if conn::waiting().any(|(index, _)| daemon::slot_state(index) == PENDING) {
             look_after_daemon();
         }

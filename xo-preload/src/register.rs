@@ -18,7 +18,7 @@ use xo_sys::fdpass;
 use xo_sys::raw::{self, Fd, epoll_ctl};
 
 use crate::fdtable::{self, Entry};
-use crate::{accept, daemon, init};
+use crate::{accept, daemon, init, poll};
 
 /// Most pairs of an epoll instance and a listening socket in it that one process has.
 pub(crate) const REGISTRATIONS: usize = 64;
@@ -198,7 +198,7 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
             daemon::Delivery::Nothing => {}
             daemon::Delivery::End => {
                 r.hang_up();
-                daemon::check();
+                poll::look_soon();
             }
         }
     }
@@ -235,6 +235,14 @@ pub(crate) fn announce_again() {
     for fd in WAKERS.iter().map(|w| w.load(Ordering::Acquire)).filter(|fd| *fd >= 0) {
         daemon::register(&[fd], false);
     }
+}
+
+/// Registrations whose channel has ended while the daemon has not.
+pub(crate) fn announce_lost() {
+    let lost = |r: &&Registration| {
+        r.listener.load(Ordering::Acquire) >= 0 && r.channel.load(Ordering::Acquire) < 0
+    };
+    used().filter(lost).for_each(Registration::settle);
 }
 
 /// In a child: its parent's registrations are not its own, only copies of their descriptors.

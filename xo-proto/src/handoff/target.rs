@@ -104,6 +104,12 @@ impl Target {
         self.state
     }
 
+    /// Does it start before the host has redirected the flow?
+    #[must_use]
+    pub fn early(&self) -> bool {
+        self.early
+    }
+
     /// As [`super::Host::on`].
     pub fn on(&mut self, event: &TargetEvent, actions: &mut Vec<TargetAction>) {
         use TargetAction as A;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -184,6 +184,14 @@ impl Repaired {
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.local
+    }
+
+    /// A duplicate for the handler, which must wait until the socket is out of repair mode ([`super::in_repair`]).
+    ///
+    /// # Errors
+    /// Of fcntl(2).
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        raw::duplicate_from(self.fd.as_raw_fd(), 3).map(OwnedFd::from)
     }
 
     /// Brings the socket to life: leaves repair mode (with a window probe if `probe`), sends what the server
