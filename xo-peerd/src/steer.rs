@@ -9,7 +9,7 @@ use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
     Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader,
-    INGRESS_PROGRAM, PATHS, REWRITES_MAP, RewriteEntry,
+    INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
 
 /// Built by scripts/build-bpf.
@@ -45,7 +45,8 @@ pub(crate) struct Steer {
     rewrites: HashMap<MapData, FlowKey, RewriteEntry>,
     held: RingBuf<MapData>,
     counters: PerCpuArray<MapData, u64>,
-    entries: usize,
+    /// Inserted less removed, by us.
+    entries: u64,
     mode: &'static str,
     _programs: Ebpf,
 }
@@ -97,11 +98,12 @@ impl Steer {
 
     /// Removes the flow's entry if it is still this flow's.
     pub(crate) fn remove_flow(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.flows, key)
+        let removed = remove(&mut self.flows, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's entry.
@@ -132,11 +134,12 @@ impl Steer {
 
     /// Removes the rewrite if it is still this flow's.
     pub(crate) fn remove_rewrite(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.rewrite_entry(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.rewrites, key)
+        let removed = remove(&mut self.rewrites, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's rewrite.
@@ -156,9 +159,9 @@ impl Steer {
         }
     }
 
-    /// Entries in both tables.
-    pub(crate) fn flow_entries(&self) -> usize {
-        self.entries
+    /// Entries in both tables. The program removes those of reused ports, and counts that.
+    pub(crate) fn flow_entries(&self) -> u64 {
+        self.entries.saturating_sub(self.counters()[Path::Reused as usize])
     }
 
     /// Packets by path, summed over CPUs.
