@@ -18,6 +18,8 @@ static OBJECT: &[u8] =
 
 /// `BPF_NOEXIST`: insert only.
 const NO_EXIST: u64 = 1;
+/// `BPF_EXIST`: update only.
+const EXIST: u64 = 2;
 
 /// Why steering failed.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,9 @@ pub(crate) enum SteerError {
     /// Another flow has this entry.
     #[error("the entry belongs to another flow")]
     Exists,
+    /// This flow has no entry.
+    #[error("the flow has no entry, or it belongs to another flow")]
+    NotOurs,
     /// The programs cannot be loaded.
     #[error("loading the BPF programs: {0}")]
     Load(String),
@@ -87,13 +92,16 @@ impl Steer {
         Ok(())
     }
 
-    /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
+    /// Turns a held flow into a redirected one: one map update, so there is no moment in between. That the
+    /// client has closed stays known.
     pub(crate) fn redirect(&mut self, key: &FlowKey, flow_id: u64, to: SocketAddr) -> Result<(), SteerError> {
-        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
-            return Err(SteerError::Exists);
-        }
-        let entry = flow_entry(Action::Redirect, flow_id, mapped(to.ip()), to.port().to_be());
-        insert(&mut self.flows, key, &entry, 0)
+        let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
+            return Err(SteerError::NotOurs);
+        };
+        let mut entry = flow_entry(Action::Redirect, flow_id, mapped(to.ip()), to.port().to_be());
+        entry.flags = held.flags;
+        // The program may have removed the entry meanwhile: the client's port then serves a new connection.
+        insert(&mut self.flows, key, &entry, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.
@@ -259,6 +267,7 @@ fn insert<V: aya::Pod>(
     map.insert(key, value, flags).map_err(|e| match errno(&e) {
         Some(libc::E2BIG | libc::ENOMEM) => SteerError::Full,
         Some(libc::EEXIST) => SteerError::Exists,
+        Some(libc::ENOENT) => SteerError::NotOurs,
         _ => e.into(),
     })
 }
