@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
@@ -259,7 +259,7 @@ impl File {
             return Err(fail(self.node.span().start, message));
         }
         for name in &self.interfaces {
-            if !Path::new("/sys/class/net").join(name.get_ref()).exists() {
+            if !is_interface(name.get_ref()) {
                 return Err(fail(name.span().start, format!("no interface `{}`", name.get_ref())));
             }
         }
@@ -277,6 +277,9 @@ impl File {
         let mut handlers = Vec::new();
         for handler in self.handler {
             let (start, handler) = (handler.span().start, handler.into_inner());
+            if handler.name.get_ref().is_empty() {
+                return Err(fail(handler.name.span().start, "a handler has a name".into()));
+            }
             if !names.insert(handler.name.get_ref().clone()) {
                 let message = format!("a second handler `{}`", handler.name.get_ref());
                 return Err(fail(handler.name.span().start, message));
@@ -314,8 +317,7 @@ impl FileHandler {
             (Mode::Exec, None, Some(command)) => {
                 let at = command.span().start;
                 let command = command.into_inner();
-                let program = command.first().map(Path::new);
-                if !program.is_some_and(|p| p.is_absolute() && p.exists()) {
+                if !command.first().is_some_and(|p| is_program(Path::new(p))) {
                     return Err(fail(at, "`command` begins with the absolute path of a program".into()));
                 }
                 HandlerMode::Exec { command }
@@ -398,6 +400,18 @@ fn is_node_name(name: &str) -> bool {
     name.len() <= 253
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.')
         && name.split('.').all(label)
+}
+
+/// Asks the kernel: /sys may be that of another network namespace.
+fn is_interface(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    // SAFETY: a C string, which is only read.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+}
+
+fn is_program(path: &Path) -> bool {
+    let executable = |m: fs::Metadata| m.is_file() && m.permissions().mode() & 0o111 != 0;
+    path.is_absolute() && fs::metadata(path).is_ok_and(executable)
 }
 
 fn user_id(name: &str) -> Option<u32> {

@@ -61,6 +61,8 @@ pub(crate) struct HostFlow {
     record: Option<Box<ConnRecord>>,
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
     asked: Option<Instant>,
+    /// When this daemon got to know it.
+    since: Instant,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
     /// Where its packets go, once redirected.
@@ -108,6 +110,7 @@ impl HostFlow {
             peer: None,
             record: None,
             asked: None,
+            since: Instant::now(),
             held: Vec::new(),
             to: None,
             times: Times::default(),
@@ -478,7 +481,7 @@ impl Engine {
             }
             // No entry: the client has used its port for a new connection.
             let Some(entry) = self.steer.flow(&f.key) else { return true };
-            let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns));
+            let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns)).min(f.since.elapsed());
             let closed = entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0;
             let away = self.connection_to(&f.target, f.peer).is_none();
             (closed && idle > ORPHAN_AFTER) || (away && idle > AWAY_AFTER)

@@ -9,13 +9,12 @@ use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
     Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader,
-    INGRESS_PROGRAM, PATHS, REWRITES_MAP, RewriteEntry,
+    INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
 
 pub(crate) mod pin;
 
 use self::pin::{Pins, Sizes};
-use crate::clock::now_ns;
 
 /// Built by scripts/build-bpf.
 static OBJECT: &[u8] =
@@ -23,7 +22,7 @@ static OBJECT: &[u8] =
 
 /// `BPF_NOEXIST`: insert only.
 const NO_EXIST: u64 = 1;
-/// `BPF_EXIST`: change only.
+/// `BPF_EXIST`: update only.
 const EXIST: u64 = 2;
 
 /// Why steering failed.
@@ -35,6 +34,9 @@ pub(crate) enum SteerError {
     /// Another flow has this entry.
     #[error("the entry belongs to another flow")]
     Exists,
+    /// This flow has no entry.
+    #[error("the flow has no entry, or it belongs to another flow")]
+    NotOurs,
     /// The programs cannot be loaded.
     #[error("loading the BPF programs: {0}")]
     Load(String),
@@ -52,7 +54,8 @@ pub(crate) struct Steer {
     rewrites: HashMap<MapData, FlowKey, RewriteEntry>,
     held: RingBuf<MapData>,
     counters: PerCpuArray<MapData, u64>,
-    entries: usize,
+    /// Inserted less removed, by us.
+    entries: u64,
     mode: &'static str,
     pins: Option<Pins>,
     _programs: Ebpf,
@@ -99,7 +102,9 @@ impl Steer {
             pins,
             _programs: programs,
         };
-        steer.entries = steer.all_flows().len() + steer.all_rewrites().len();
+        // The program's count of what it has removed may be an earlier daemon's.
+        let present = (steer.all_flows().len() + steer.all_rewrites().len()) as u64;
+        steer.entries = present + steer.counters()[Path::Reused as usize];
         Ok(steer)
     }
 
@@ -135,7 +140,8 @@ impl Steer {
         Ok(())
     }
 
-    /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
+    /// Turns a held flow into a redirected one: one map update, so there is no moment in between. That the
+    /// client has closed stays known.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
@@ -143,18 +149,23 @@ impl Steer {
         peer: u32,
         to: SocketAddr,
     ) -> Result<(), SteerError> {
-        // It may have gone: the client has closed, and uses its port for a new connection.
-        let entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
+            return Err(SteerError::NotOurs);
+        };
+        let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        entry.flags = held.flags;
+        // The program may have removed the entry meanwhile: the client's port then serves a new connection.
         insert(&mut self.flows, key, &entry, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.
     pub(crate) fn remove_flow(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.flows, key)
+        let removed = remove(&mut self.flows, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's entry.
@@ -187,11 +198,12 @@ impl Steer {
 
     /// Removes the rewrite if it is still this flow's.
     pub(crate) fn remove_rewrite(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.rewrite_entry(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.rewrites, key)
+        let removed = remove(&mut self.rewrites, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's rewrite.
@@ -211,9 +223,9 @@ impl Steer {
         }
     }
 
-    /// Entries in both tables.
-    pub(crate) fn flow_entries(&self) -> usize {
-        self.entries
+    /// Entries in both tables. The program removes those of reused ports, and counts that.
+    pub(crate) fn flow_entries(&self) -> u64 {
+        self.entries.saturating_sub(self.counters()[Path::Reused as usize])
     }
 
     /// Packets by path, summed over CPUs.
@@ -268,7 +280,7 @@ fn flow_entry(action: Action, flow_id: u64, peer: u32, to_addr: [u32; 4], to_por
         flow_id,
         packets: 0,
         bytes: 0,
-        last_ns: now_ns(),
+        last_ns: 0,
         action: action as u32,
         flags: 0,
         to_addr,
@@ -326,6 +338,7 @@ fn insert<V: aya::Pod>(
     map.insert(key, value, flags).map_err(|e| match errno(&e) {
         Some(libc::E2BIG | libc::ENOMEM) => SteerError::Full,
         Some(libc::EEXIST) => SteerError::Exists,
+        Some(libc::ENOENT) => SteerError::NotOurs,
         _ => e.into(),
     })
 }

@@ -239,9 +239,8 @@ pub(crate) fn announce_again() {
 
 /// Registrations whose channel has ended while the daemon has not.
 pub(crate) fn announce_lost() {
-    let lost = |r: &&Registration| {
-        r.listener.load(Ordering::Acquire) >= 0 && r.channel.load(Ordering::Acquire) < 0
-    };
+    let lost =
+        |r: &&Registration| r.listener.load(Ordering::Acquire) >= 0 && r.channel.load(Ordering::Acquire) < 0;
     used().filter(lost).for_each(Registration::settle);
 }
 

@@ -130,7 +130,7 @@ pub enum Path {
     RedirectFailed = 4,
     /// Ingress: a SYN for a flow whose client had closed: entry removed, packet passed to the local stack.
     Reused = 5,
-    /// Ingress: a fragment or a truncated header; passed.
+    /// Either hook: a fragment, or a truncated or malformed header; passed.
     Unparsed = 6,
     /// Egress: no entry; passed.
     EgressMiss = 7,
