@@ -11,7 +11,7 @@ use xo_sys::raw::{self, Fd};
 
 use crate::conn::{self, Kind};
 use crate::fdtable::{self, Entry};
-use crate::{daemon, init, register};
+use crate::{daemon, init, lifecycle, register};
 
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
@@ -31,7 +31,14 @@ pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
 /// As [`tracked_port`], for a descriptor that may be no listening socket at all.
 pub(crate) fn tracked_port_if_listening(fd: c_int) -> Option<u16> {
     match fdtable::get(fd) {
-        Entry::None if init::active_policy().is_some() && raw::is_listening(fd) => tracked_port(fd),
+        Entry::None if init::active_policy().is_some() => {
+            if raw::is_listening(fd) {
+                return tracked_port(fd);
+            }
+            // Not asked again before it is closed or listens.
+            fdtable::set(fd, Entry::Other);
+            None
+        }
         Entry::Listener(port) => Some(port),
         _ => None,
     }
@@ -81,10 +88,11 @@ pub(crate) fn accept(
             // Nothing on the way of a loopback connection can be steered.
             return accepted;
         }
-        if conn::track(accepted, Kind::Tracked, 0).is_none() {
+        if conn::track(accepted, Kind::Tracked, 0, flags & libc::SOCK_NONBLOCK != 0).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
         daemon::count(Counter::Accepted as usize);
+        lifecycle::tracking();
         return accepted;
     }
 }
@@ -113,7 +121,7 @@ fn hand_out(
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
-    if conn::track(fd, Kind::Restored, deliver.delivery).is_none() {
+    if conn::track(fd, Kind::Restored, deliver.delivery, flags & libc::SOCK_NONBLOCK != 0).is_none() {
         daemon::count(Reason::SlotsFull as usize);
     }
     daemon::count(Counter::Delivered as usize);

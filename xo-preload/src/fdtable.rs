@@ -20,7 +20,7 @@ pub(crate) enum Entry {
     None,
     /// A listening socket on this tracked port.
     Listener(u16),
-    /// A listening socket that is not ours to track.
+    /// Has been looked at, and is nothing to us.
     Other,
     /// An epoll instance in which the server waits for more than listening sockets.
     Epoll,

@@ -57,7 +57,7 @@ fn used() -> impl Iterator<Item = &'static Registration> {
 /// The server has changed what it waits for; called after the real epoll_ctl has worked.
 pub(crate) fn epoll_changed(epoll: c_int, operation: c_int, fd: c_int, event: Option<&epoll_event>) {
     if accept::tracked_port_if_listening(fd).is_none() {
-        if operation == libc::EPOLL_CTL_ADD && fdtable::get(epoll) == Entry::None {
+        if operation == libc::EPOLL_CTL_ADD && matches!(fdtable::get(epoll), Entry::None | Entry::Other) {
             holds_others(epoll, fd);
         }
         return;
