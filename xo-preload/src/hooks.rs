@@ -16,7 +16,7 @@ use libc::{
 use xo_proto::reason::Reason;
 
 use crate::interpose::{hooks, optional_hooks};
-use crate::{accept as accepting, hide, io, lifecycle, mode, poll as polling, register};
+use crate::{accept as accepting, fdtable, hide, init, io, lifecycle, mode, poll as polling, register};
 
 /// Looks all originals up; at load.
 pub(crate) fn resolve() {
@@ -368,10 +368,11 @@ fn controlled(fd: c_int, command: c_int, argument: usize, result: c_int) {
     }
 }
 
-/// A descriptor that is new to us: whatever its number meant before is over.
+/// A connection that is nothing to us: whatever its number meant before is over.
 fn fresh(fd: c_int) -> c_int {
-    if fd >= 0 {
+    if fd >= 0 && init::active_policy().is_some() {
         crate::conn::forget(fd);
+        fdtable::set(fd, fdtable::Entry::Other);
     }
     fd
 }
