@@ -83,7 +83,8 @@ pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblo
     let mut small = [0; SMALL];
     let mut end = None;
     loop {
-        let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
+        // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
+        let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
         let n = match raw::peek(fd, &mut small, flags) {
             Ok(n) => n,
             Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
@@ -105,8 +106,7 @@ pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblo
                 None => continue,
             },
             Seen::HeldBack => {
-                let end =
-                    *end.get_or_insert_with(|| raw::receive_timeout(fd).map(|t| raw::monotonic() + t));
+                let end = *end.get_or_insert_with(|| raw::receive_timeout(fd).map(|t| raw::monotonic() + t));
                 let left = end.map_or(Duration::MAX, |e: Duration| e.saturating_sub(raw::monotonic()));
                 if left.is_zero() {
                     return Outcome::Error(libc::EAGAIN);
@@ -121,7 +121,9 @@ pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblo
 fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf) -> Seen {
     let mut large = vec![0; MAX_HEAD + 1];
     match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
-        Ok(n) => judge(fd, conn, index, half, parse_head(large.get(..n).unwrap_or_default()), n, n <= MAX_HEAD),
+        Ok(n) => {
+            judge(fd, conn, index, half, parse_head(large.get(..n).unwrap_or_default()), n, n <= MAX_HEAD)
+        }
         Err(e) => Seen::Outcome(Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO))),
     }
 }

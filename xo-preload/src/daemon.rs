@@ -94,6 +94,16 @@ pub(crate) fn process() -> u32 {
     }
 }
 
+/// In a child of fork: learns its own number at once, so that its vforks are told from itself.
+pub(crate) extern "C" fn forked() {
+    process();
+}
+
+/// Does this process run in its parent's memory (vfork)? What it does to its descriptors is not done to the parent's.
+pub(crate) fn is_borrowed() -> bool {
+    process() != raw::process()
+}
+
 fn slots() -> Option<&'static SlotTable> {
     // SAFETY: tables are leaked, never freed: a thread may be using one.
     unsafe { SLOTS.load(Ordering::Acquire).as_ref() }

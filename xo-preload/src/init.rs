@@ -44,6 +44,11 @@ extern "C" fn constructor() {
     let socket = env::var_os("XO_SOCKET").unwrap_or_else(|| OsString::from(DEFAULT_SOCKET));
     spawn::remember(is_set("XO_INSECURE"));
     let ready = fdtable::start() && conn::start() && mode::start() && daemon::start(PathBuf::from(socket));
+    if ready {
+        daemon::process();
+        // SAFETY: a function of ours, which is never unloaded.
+        unsafe { libc::pthread_atfork(None, None, Some(daemon::forked)) };
+    }
     ACTIVE.store(ready, Ordering::Release);
 }
 

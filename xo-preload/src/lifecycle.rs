@@ -51,15 +51,15 @@ pub(crate) fn closing_range(first: u32, last: u32) {
 }
 
 fn gone(fd: c_int) {
-    match fdtable::get(fd) {
-        Entry::Connection(_) => conn::forget(fd),
-        // An epoll instance may have no entry.
-        Entry::None => register::closing(fd),
-        Entry::Listener(_) | Entry::Other | Entry::Epoll => {
-            register::closing(fd);
-            conn::forget(fd);
-        }
+    let entry = fdtable::get(fd);
+    // Most descriptors are nothing to us. An epoll instance may have no entry.
+    if (entry == Entry::None && !register::knows(fd)) || daemon::is_borrowed() {
+        return;
     }
+    if !matches!(entry, Entry::Connection(_)) {
+        register::closing(fd);
+    }
+    conn::forget(fd);
 }
 
 /// Before a shutdown. `true`: the connection is elsewhere, leave the socket alone. It may not be emptied yet, and a
@@ -77,7 +77,8 @@ pub(crate) fn shutting_down(fd: c_int) -> bool {
 
 /// After a successful dup.
 pub(crate) fn duplicated(old: c_int, new: c_int) {
-    if new >= 0 && old != new && (fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None) {
+    let concerns = || fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None;
+    if new >= 0 && old != new && concerns() && !daemon::is_borrowed() {
         conn::share(old, new);
     }
 }

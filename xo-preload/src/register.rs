@@ -202,6 +202,12 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
     None
 }
 
+/// Has the server something registered under this number?
+pub(crate) fn knows(fd: c_int) -> bool {
+    USED.load(Ordering::Relaxed) != 0
+        && used().any(|r| r.listener.load(Ordering::Acquire) == fd || r.epoll.load(Ordering::Relaxed) == fd)
+}
+
 /// A descriptor is being closed: what was registered with it ends.
 pub(crate) fn closing(fd: c_int) {
     if !daemon::is_ours() {

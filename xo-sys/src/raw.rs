@@ -192,7 +192,8 @@ pub fn map_private(size: usize) -> io::Result<*mut u8> {
 pub fn map_common() -> io::Result<*mut u8> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    sys!(libc::SYS_mmap, 0, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0).map(|a| a as *mut u8)
+    sys!(libc::SYS_mmap, 0, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0)
+        .map(|a| a as *mut u8)
 }
 
 /// A page that reads as zero in a child after fork (`MADV_WIPEONFORK`, Linux 4.14).

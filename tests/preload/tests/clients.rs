@@ -82,15 +82,35 @@ fn sized_head(len: usize) -> String {
 
 /// A request, and whether it moves; then whether the next one, of the simplest kind, does.
 const SHAPES: [(&str, &str, bool, bool); 11] = [
-    ("two equal lengths", "PUT /up/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi", false, false),
-    ("length and coding", "PUT /up/a HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", false, false),
+    (
+        "two equal lengths",
+        "PUT /up/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi",
+        false,
+        false,
+    ),
+    (
+        "length and coding",
+        "PUT /up/a HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        false,
+        false,
+    ),
     ("CONNECT", "CONNECT xo.test:443 HTTP/1.1\r\nHost: xo.test:443\r\n\r\n", false, false),
-    ("upgrade", "GET /img/1k HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", false, false),
+    (
+        "upgrade",
+        "GET /img/1k HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+        false,
+        false,
+    ),
     ("absolute", "GET http://xo.test/img/1k HTTP/1.1\r\nHost: xo.test\r\n\r\n", true, true),
     ("HTTP/1.0", "GET /img/1k HTTP/1.0\r\n\r\n", true, false),
     ("HTTP/1.0 keep-alive", "GET /img/1k HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", true, true),
     ("close", "GET /img/1k HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", true, false),
-    ("chunked", "PUT /up/c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", true, true),
+    (
+        "chunked",
+        "PUT /up/c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        true,
+        true,
+    ),
     ("missing", "GET /img/nothing HTTP/1.1\r\nHost: x\r\n\r\n", true, true),
     ("lower-case method", "get /img/1k HTTP/1.1\r\nHost: x\r\n\r\n", true, false),
 ];
@@ -119,13 +139,15 @@ fn requests_that_move_and_requests_that_never_do() {
         }
     }
 
-    let nodes = bed.on("client", || [pipelined(2, 1), pipelined(2, 0), pipelined(10, 3), pipelined(10, 0)].concat());
+    let nodes =
+        bed.on("client", || [pipelined(2, 1), pipelined(2, 0), pipelined(10, 3), pipelined(10, 0)].concat());
     let expected: String = "ht tt hhhttttttt tttttttttt".replace(' ', "");
     let letters: String = nodes.iter().map(|n| &n[..1]).collect();
     assert_eq!(letters, expected, "pipelined");
     moved += 4;
 
-    for (len, node) in [(16 << 10, "t1"), ((16 << 10) + 1, "host"), (4096, "t1"), (4097, "t1"), (4095, "t1")] {
+    for (len, node) in [(16 << 10, "t1"), ((16 << 10) + 1, "host"), (4096, "t1"), (4097, "t1"), (4095, "t1")]
+    {
         let got = bed.on("client", move || {
             let mut c = connect();
             c.send(sized_head(len).as_bytes()).expect("send");
@@ -176,9 +198,27 @@ fn everyday_clients() {
     let wanted = bed.directory().join("got");
     let mut curl = Command::new("curl");
     curl.args(["-sS", "-f", "--max-time", "30", "-w", "%{num_connects} %{http_code}\n"]);
-    curl.args(["-o", wanted.to_str().expect("a path"), &url("/loc/1k"), "--next", "-sS", "-f", "--max-time", "30"]);
+    curl.args([
+        "-o",
+        wanted.to_str().expect("a path"),
+        &url("/loc/1k"),
+        "--next",
+        "-sS",
+        "-f",
+        "--max-time",
+        "30",
+    ]);
     curl.args(["-w", "%{num_connects} %{http_code}\n", "-T", upload.to_str().expect("a path")]);
-    curl.args(["-H", "Expect: 100-continue", &url("/up/curl"), "--next", "-sS", "-f", "-w", "%{num_connects} %{http_code}\n"]);
+    curl.args([
+        "-H",
+        "Expect: 100-continue",
+        &url("/up/curl"),
+        "--next",
+        "-sS",
+        "-f",
+        "-w",
+        "%{num_connects} %{http_code}\n",
+    ]);
     curl.args(["-o", wanted.to_str().expect("a path"), &url("/img/1m")]);
     let said = bed.run("client", &mut curl);
     let lines: Vec<_> = said.lines().collect();

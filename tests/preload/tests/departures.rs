@@ -90,9 +90,8 @@ fn clients_that_leave_in_the_middle() {
     let others = bystanders(&bed, &stop);
     for wave in 0..WAVES {
         for then in [Then::Finish, Then::Leave, Then::Reset] {
-            let all: Vec<_> = (0..AT_ONCE)
-                .map(|i| bed.spawn("client", move || depart(wave * AT_ONCE + i, then)))
-                .collect();
+            let all: Vec<_> =
+                (0..AT_ONCE).map(|i| bed.spawn("client", move || depart(wave * AT_ONCE + i, then))).collect();
             for one in all {
                 let result = one.join().expect("no panic");
                 assert!(result.is_ok(), "{then:?}: {result:?}");

@@ -59,7 +59,8 @@ fn talk(number: u32) -> std::io::Result<Vec<(String, String, usize)>> {
     for i in 0..REQUESTS {
         let (name, size) = SIZES[((number + i) % if i % 9 == 0 { 4 } else { 3 }) as usize];
         let (get, put) = if i < local { ("loc", "put") } else { (get, put) };
-        let about = |e: std::io::Error| std::io::Error::other(format!("request {i} of connection {number}: {e}"));
+        let about =
+            |e: std::io::Error| std::io::Error::other(format!("request {i} of connection {number}: {e}"));
         let response = if (number + i) % 3 == 0 {
             let path = format!("/{put}/{number}-{i}-{name}");
             let response = c.put(&path, &content::of(&path, size)).map_err(about)?;
@@ -106,8 +107,7 @@ fn hands_over(kind: Kind, at_once: u32, rounds: u32) {
     let nodes = ["host", "t1", "t2"];
     let _daemons = nodes.map(|n| bed.peerd(n, &PeerdOptions::default()));
     nodes.iter().for_each(|n| write_objects(&bed, n));
-    let servers =
-        [("host", kind), ("t1", Kind::Nginx), ("t2", kind)].map(|(n, k)| preloaded(&bed, n, k));
+    let servers = [("host", kind), ("t1", Kind::Nginx), ("t2", kind)].map(|(n, k)| preloaded(&bed, n, k));
     bed.wait_acceptors("t1", "web", 4);
     bed.wait_acceptors("t2", "web", 1);
     let before = Counters::of(&bed);
@@ -127,14 +127,18 @@ fn hands_over(kind: Kind, at_once: u32, rounds: u32) {
         after = count();
         after.iter().zip(&descriptors).all(|(a, b)| a <= b)
     });
-    assert!(after.iter().zip(&descriptors).all(|(a, b)| a <= b), "descriptors: {descriptors:?}, then {after:?}");
+    assert!(
+        after.iter().zip(&descriptors).all(|(a, b)| a <= b),
+        "descriptors: {descriptors:?}, then {after:?}"
+    );
     assert_eq!(bed.status("host", "/offloads_total"), u64::from(at_once * rounds));
     assert_eq!(bed.status("host", "/refused_total"), 0, "{:?}", bed.try_status("host"));
     let accepted: BTreeMap<_, _> = ["t1", "t2"].map(|t| (t, bed.status(t, "/accepted_total"))).into();
     assert_eq!(accepted.values().sum::<u64>(), u64::from(at_once * rounds), "{accepted:?}");
     let counted = Counters::of(&bed).since(&before);
     // HAProxy resets connections to its own backend.
-    let resets = if kind == Kind::Haproxy { counted.get_on("client", "EstabResets") } else { counted.resets() };
+    let resets =
+        if kind == Kind::Haproxy { counted.get_on("client", "EstabResets") } else { counted.resets() };
     assert_eq!(resets, 0, "{}", counted.troubles());
 }
 
@@ -170,8 +174,11 @@ fn start_in_mode(bed: &Bed, kind: Kind, mode: &str) -> Server {
     kind.start(bed, "host", |program| {
         let mut command = bed.preloaded("host", program);
         let target = format!("[targets]\nt1 = \"{}:{PEER_PORT}\"\n[[rule]]\n", address("t1"));
-        let (listen, rule) =
-            if mode == "no match" { (80, "path_prefix = \"/nowhere/\"") } else { (9999, "path_prefix = \"/\"") };
+        let (listen, rule) = if mode == "no match" {
+            (80, "path_prefix = \"/nowhere/\"")
+        } else {
+            (9999, "path_prefix = \"/\"")
+        };
         let text = format!("listen = [{listen}]\n{target}{rule}\nto = [\"t1\"]\nhandler = \"web\"\n");
         command.env("XO_POLICY", bed.file("untouched.toml", &text));
         if mode == "native" {
@@ -282,7 +289,16 @@ fn redis_untouched() {
     let mut results = Vec::new();
     for (mode, port) in [("native", 6379_u16), ("other port", 6379), ("tracked", 80)] {
         let mut command = bed.preloaded("host", "redis-server");
-        command.args(["--port", &port.to_string(), "--save", "", "--protected-mode", "no", "--io-threads", "2"]);
+        command.args([
+            "--port",
+            &port.to_string(),
+            "--save",
+            "",
+            "--protected-mode",
+            "no",
+            "--io-threads",
+            "2",
+        ]);
         command.arg("--dir").arg(bed.directory());
         if mode == "native" {
             command.env_remove("LD_PRELOAD");
@@ -295,11 +311,14 @@ fn redis_untouched() {
                 let mut said = Vec::new();
                 for i in 0..50 {
                     let value = "v".repeat(i * 400);
-                    let set = format!("*3\r\n$3\r\nSET\r\n$2\r\nk{}\r\n${}\r\n{value}\r\n", i % 10, value.len());
+                    let set =
+                        format!("*3\r\n$3\r\nSET\r\n$2\r\nk{}\r\n${}\r\n{value}\r\n", i % 10, value.len());
                     c.send(set.as_bytes()).expect("send");
                     said.extend(c.exactly(5).expect("+OK"));
                     c.send(format!("*2\r\n$3\r\nGET\r\n$2\r\nk{}\r\n", i % 10).as_bytes()).expect("send");
-                    said.extend(c.exactly(value.len() + format!("${}\r\n\r\n", value.len()).len()).expect("value"));
+                    said.extend(
+                        c.exactly(value.len() + format!("${}\r\n\r\n", value.len()).len()).expect("value"),
+                    );
                 }
                 said
             })
