@@ -56,7 +56,7 @@ pub(crate) fn accept(
         return hand_out(fd, &deliver, socket, address, len, flags);
     }
     loop {
-        if register::may_be_woken(fd) && !raw::is_nonblocking(fd) {
+        if register::may_be_woken(fd) {
             register::waker(fd);
         }
         let accepted = call();

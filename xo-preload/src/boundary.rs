@@ -1,5 +1,6 @@
 //! At a request's boundary: look at the head without taking it, and decide.
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -43,7 +44,7 @@ pub(crate) fn await_verdict(index: u32, limit: Option<Duration>) -> u32 {
         if state != PENDING || end.is_some_and(|e| raw::monotonic() >= e) {
             return state;
         }
-        daemon::check_alive();
+        daemon::is_alive();
     }
 }
 
@@ -59,7 +60,9 @@ pub(crate) fn verdict(
         return None;
     }
     let state = match daemon::slot_state(index) {
-        PENDING if nonblocking => return Some(Outcome::Error(libc::EAGAIN)),
+        PENDING if nonblocking && daemon::is_alive() => return Some(Outcome::Error(libc::EAGAIN)),
+        // It went away, and the slot with it.
+        PENDING if nonblocking => daemon::slot_state(index),
         PENDING => match await_verdict(index, raw::receive_timeout(fd)) {
             PENDING => return Some(Outcome::Error(libc::EAGAIN)),
             state => state,
@@ -80,16 +83,16 @@ pub(crate) fn verdict(
 
 /// Looks at what waits in the socket and decides about the request that begins there.
 pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
-    let mut small = [0; SMALL];
+    let mut small = [MaybeUninit::uninit(); SMALL];
     let mut end = None;
     loop {
         // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
         let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
-        let n = match raw::peek(fd, &mut small, flags) {
-            Ok(n) => n,
+        let bytes = match raw::peek_into(fd, &mut small, flags) {
+            Ok(bytes) => bytes,
             Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
         };
-        let bytes = small.get(..n).unwrap_or_default();
+        let n = bytes.len();
         if bytes.is_empty() {
             // The client has closed; the real call says so.
             return Outcome::Read { alone: true };
@@ -224,6 +227,7 @@ fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bo
     match asked {
         Ok(()) => {
             daemon::count(Counter::Asked as usize);
+            poll::watch_verdicts();
             true
         }
         Err(reason) => {

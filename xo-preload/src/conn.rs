@@ -102,6 +102,9 @@ pub(crate) fn all() -> impl Iterator<Item = (u32, &'static Conn)> {
 /// Starts to follow the connection behind a descriptor; `None` when the table is full.
 pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Option<()> {
     forget(fd);
+    if !fdtable::has_room_for(fd) {
+        return None;
+    }
     let index = take()?;
     let conn = get(index)?;
     conn.asked.store(false, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use once_cell::race::OnceBox;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
 use xo_proto::ipc::{Deliver, FromDaemon, Offload, Ticket, ToDaemon, VERSION};
 use xo_proto::reason::Reason;
-use xo_proto::slot::FREE;
+use xo_proto::slot::{FREE, PENDING};
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
@@ -184,18 +184,20 @@ pub(crate) fn lost() {
     log::warn!("xo-peerd is gone");
     poll::look_for_daemon();
     for (index, conn) in conn::all() {
-        if conn.asked.load(Ordering::Acquire) {
+        if conn.asked.load(Ordering::Acquire) && slot_state(index) == PENDING {
             clear_slot(index);
             let _ = tcp_repair::poke(conn.fd.load(Ordering::Relaxed));
         }
     }
 }
 
-/// Notices a daemon that went away while somebody waits for its verdict.
-pub(crate) fn check_alive() {
-    if fd() >= 0 && raw::is_hung_up(fd()) {
+/// Is the daemon there, while somebody waits for its verdict? What waits for one that went away is let go.
+pub(crate) fn is_alive() -> bool {
+    let alive = fd() >= 0 && !raw::is_hung_up(fd());
+    if !alive {
         lost();
     }
+    alive
 }
 
 /// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection

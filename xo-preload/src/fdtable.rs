@@ -43,6 +43,11 @@ fn word(fd: i32) -> Option<&'static AtomicU32> {
     unsafe { table.add(index).as_ref() }
 }
 
+/// Is there a place for this number?
+pub(crate) fn has_room_for(fd: i32) -> bool {
+    word(fd).is_some()
+}
+
 /// Looks a descriptor up.
 #[inline]
 pub(crate) fn get(fd: i32) -> Entry {

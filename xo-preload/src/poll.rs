@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use libc::c_int;
+use xo_proto::slot::PENDING;
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{self, Conn, Kind};
@@ -27,6 +28,13 @@ pub(crate) fn look_for_daemon() {
     let when = raw::monotonic().as_nanos() as u64 + RETRY_NS;
     RETRY.store(when, Ordering::Release);
     wake_at(when);
+}
+
+/// A verdict is out: a daemon that goes away instead is noticed, though the server may only wait.
+pub(crate) fn watch_verdicts() {
+    if NEXT.load(Ordering::Relaxed) == 0 {
+        wake_at(raw::monotonic().as_nanos() as u64 + RETRY_NS);
+    }
 }
 
 /// Keeps an incomplete head of `n` bytes from the server: level-triggered waiting stays quiet until more
@@ -77,7 +85,10 @@ fn act(now: Duration) {
     } else if retry != 0 {
         wake_at(retry);
     }
-    for (_, conn) in conn::all() {
+    for (index, conn) in conn::all() {
+        if conn.asked.load(Ordering::Acquire) && daemon::slot_state(index) == PENDING && daemon::is_alive() {
+            wake_at(now.as_nanos() as u64 + RETRY_NS);
+        }
         let deadline = conn.deadline.load(Ordering::Acquire);
         if deadline == 0 || conn.kind() != Kind::Tracked {
             continue;

@@ -262,6 +262,18 @@ pub fn peek(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
     sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)
 }
 
+/// As [`peek`], into memory that need not be cleared first; what was read.
+///
+/// # Errors
+/// The kernel's.
+pub fn peek_into(fd: RawFd, buffer: &mut [std::mem::MaybeUninit<u8>], flags: i32) -> io::Result<&[u8]> {
+    let flags = flags | libc::MSG_PEEK;
+    // SAFETY: pointer and length describe `buffer`.
+    let n = sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)?;
+    // SAFETY: the kernel has written the first `n` bytes, and writes no more than there is room for.
+    Ok(unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast(), n.min(buffer.len())) })
+}
+
 /// Bytes that wait in the receive queue (FIONREAD).
 #[must_use]
 pub fn readable_bytes(fd: RawFd) -> usize {

@@ -90,6 +90,27 @@ static void with_ppoll(void) { serve_events(by_ppoll); }
 static void with_select(void) { serve_events(by_select); }
 static void with_pselect(void) { serve_events(by_pselect); }
 
+/* As asio does: the socket is in the epoll before it listens, and accept is tried before the first wait. */
+static void epoll_first(void)
+{
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), on = 1, epoll = epoll_create1(0), pair[2];
+	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(80) };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	wait_for_input = by_poll;
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	if (pipe(pair) || epoll_ctl(epoll, EPOLL_CTL_ADD, pair[0], &event) || epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+		abort();
+	if (bind(fd, (struct sockaddr *)&to, sizeof to) || listen(fd, 64))
+		abort();
+	for (;;) {
+		int client = accept4(fd, NULL, NULL, SOCK_NONBLOCK);
+		if (client >= 0)
+			serve(client, read_when_ready);
+		else if (errno == EAGAIN)
+			epoll_wait(epoll, &event, 1, -1);
+	}
+}
+
 static ssize_t by_readv(int fd, char *buffer, size_t room)
 {
 	struct iovec pieces[3] = { { buffer, 5 }, { buffer + 5, 0 }, { buffer + 5, room - 5 } };
@@ -248,7 +269,7 @@ static void timeouts(void) { serve_with(by_timeout); }
 const struct hazard reading_hazards[] = {
 	{ "epoll_level", epoll_level }, { "epoll_edge", epoll_edge }, { "epoll_oneshot", epoll_oneshot },
 	{ "epoll_exclusive", epoll_exclusive }, { "poll", with_poll }, { "ppoll", with_ppoll },
-	{ "select", with_select }, { "pselect", with_pselect }, { "readv", with_readv }, { "recvmsg", with_recvmsg },
+	{ "epoll_first", epoll_first }, { "select", with_select }, { "pselect", with_pselect }, { "readv", with_readv }, { "recvmsg", with_recvmsg },
 	{ "recvfrom", with_recvfrom }, { "recvmmsg", with_recvmmsg }, { "small_reads", small_reads }, { "peek", peek },
 	{ "waitall", waitall }, { "waitall_two", waitall_two }, { "trunc", trunc_flag }, { "modes", modes },
 	{ "timeouts", timeouts }, { NULL, NULL },
