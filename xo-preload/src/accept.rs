@@ -13,7 +13,7 @@ use xo_sys::tcp_repair;
 
 use crate::conn::{self, Kind};
 use crate::fdtable::{self, Entry};
-use crate::{daemon, init, register};
+use crate::{daemon, init, lifecycle, register};
 
 /// How long a connection may stay in repair mode after it was passed on.
 const LIVE: Duration = Duration::from_millis(5);
@@ -36,7 +36,14 @@ pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
 /// As [`tracked_port`], for a descriptor that may be no listening socket at all.
 pub(crate) fn tracked_port_if_listening(fd: c_int) -> Option<u16> {
     match fdtable::get(fd) {
-        Entry::None if init::active_policy().is_some() && raw::is_listening(fd) => tracked_port(fd),
+        Entry::None if init::active_policy().is_some() => {
+            if raw::is_listening(fd) {
+                return tracked_port(fd);
+            }
+            // Not asked again before it is closed or listens.
+            fdtable::set(fd, Entry::Other);
+            None
+        }
         Entry::Listener(port) => Some(port),
         _ => None,
     }
@@ -58,7 +65,7 @@ pub(crate) fn accept(
         log::warn!("a connection that was not brought to life is left");
     }
     loop {
-        if !raw::is_nonblocking(fd) {
+        if register::may_be_woken(fd) {
             register::waker(fd);
         }
         let accepted = call();
@@ -90,10 +97,11 @@ pub(crate) fn accept(
             // Nothing on the way of a loopback connection can be steered.
             return accepted;
         }
-        if conn::track(accepted, Kind::Tracked, 0).is_none() {
+        if conn::track(accepted, Kind::Tracked, 0, flags & libc::SOCK_NONBLOCK != 0).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
         daemon::count(Counter::Accepted as usize);
+        lifecycle::tracking();
         return accepted;
     }
 }
@@ -134,7 +142,7 @@ fn hand_out(
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
-    if conn::track(fd, Kind::Restored, deliver.delivery).is_none() {
+    if conn::track(fd, Kind::Restored, deliver.delivery, flags & libc::SOCK_NONBLOCK != 0).is_none() {
         daemon::count(Reason::SlotsFull as usize);
     }
     daemon::count(Counter::Delivered as usize);

@@ -13,6 +13,7 @@ use xo_proto::reason::Reason;
 use xo_proto::slot::SLOTS;
 use xo_sys::raw;
 
+use crate::mode::Mode;
 use crate::{daemon, fdtable};
 
 /// What is done about a connection.
@@ -40,6 +41,8 @@ pub(crate) struct Conn {
     pub(crate) asked: AtomicBool,
     /// A descriptor of it, for waking the server.
     pub(crate) fd: AtomicI32,
+    /// Whether its descriptors block.
+    pub(crate) mode: Mode,
     /// When a head that is held back is let through, `CLOCK_MONOTONIC` ns; 0 for none.
     pub(crate) deadline: AtomicU64,
     /// Index of its delivery, for `Restored`.
@@ -104,12 +107,16 @@ pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
 }
 
 /// Starts to follow the connection behind a descriptor; `None` when the table is full.
-pub(crate) fn track(fd: i32, kind: Kind, delivery: u32) -> Option<()> {
+pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Option<()> {
     forget(fd);
+    if !fdtable::has_room_for(fd) {
+        return None;
+    }
     let index = take()?;
     let conn = get(index)?;
     conn.asked.store(false, Ordering::Relaxed);
     conn.deadline.store(0, Ordering::Relaxed);
+    conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.delivery.store(delivery, Ordering::Relaxed);
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
@@ -163,7 +170,7 @@ impl Conn {
         let tracked = Kind::Tracked as u8;
         if self
             .kind
-            .compare_exchange(tracked, Kind::Passive as u8, Ordering::AcqRel, Ordering::Relaxed)
+            .compare_exchange(tracked, Kind::Passive as u8, Ordering::SeqCst, Ordering::Relaxed)
             .is_ok()
         {
             daemon::count(reason as usize);

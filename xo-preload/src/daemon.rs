@@ -5,7 +5,7 @@
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use once_cell::race::OnceBox;
@@ -86,6 +86,30 @@ pub(crate) fn replace_fd(fd: RawFd) {
 pub(crate) fn is_ours() -> bool {
     // SAFETY: the page is mapped for good.
     unsafe { OURS.load(Ordering::Acquire).as_ref() }.is_some_and(|w| w.load(Ordering::Relaxed) != 0)
+}
+
+/// This process. Kept beside the word that says whose the channel is: a child asks the kernel for its own.
+pub(crate) fn process() -> u32 {
+    // SAFETY: the page is mapped for good, and holds more than one word.
+    let Some(word) = (unsafe { OURS.load(Ordering::Acquire).add(1).as_ref() }) else { return raw::process() };
+    match word.load(Ordering::Relaxed) {
+        0 => {
+            let process = raw::process();
+            word.store(process, Ordering::Relaxed);
+            process
+        }
+        process => process,
+    }
+}
+
+/// In a child of fork: learns its own number at once, so that its vforks are told from itself.
+pub(crate) extern "C" fn forked() {
+    process();
+}
+
+/// Does this process run in its parent's memory (vfork)? What it does to its descriptors is not done to the parent's.
+pub(crate) fn is_borrowed() -> bool {
+    process() != raw::process()
 }
 
 fn slots() -> Option<&'static SlotTable> {
@@ -190,13 +214,8 @@ fn recover(old: &SlotTable, channel: RawFd) {
 /// Is the daemon still there? If not, see [`lost`].
 pub(crate) fn check() {
     let fd = fd();
-    if fd < 0 || !is_ours() {
-        return;
-    }
-    // Nothing comes here unasked. A daemon that died with something unread leaves ECONNRESET.
-    match raw::peek(fd, &mut [0], libc::MSG_DONTWAIT) {
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-        _ => lost(),
+    if fd >= 0 && is_ours() && raw::is_hung_up(fd) {
+        lost();
     }
 }
 
@@ -222,15 +241,30 @@ pub(crate) fn lost() {
     }
 }
 
-/// Asks for a hand-off; the verdict comes in the slot. `None` and a reason when it could not be asked.
-pub(crate) fn offload(fd: RawFd, slot: u32, request: impl FnOnce(u32) -> Offload) -> Result<(), Reason> {
+/// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection
+/// is not `still` what it was now that the slot is pending.
+pub(crate) fn offload(
+    fd: RawFd,
+    slot: u32,
+    still: impl FnOnce() -> bool,
+    request: impl FnOnce(u32) -> Offload,
+) -> Result<(), Reason> {
     if !open() {
         return Err(Reason::NoDaemon);
     }
     let Some(slots) = slots() else { return Err(Reason::NoDaemon) };
-    let message = ToDaemon::Offload(request(slots.begin(slot)));
+    let generation = slots.begin(slot);
+    fence(Ordering::SeqCst);
+    if !still() {
+        slots.clear(slot);
+        return Err(Reason::Shared);
+    }
+    let message = ToDaemon::Offload(request(generation));
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
-    let Ok(n) = encode_local(&message, &mut buffer) else { return Err(Reason::NoTarget) };
+    let Ok(n) = encode_local(&message, &mut buffer) else {
+        slots.clear(slot);
+        return Err(Reason::NoTarget);
+    };
     let bytes = buffer.get(..n).unwrap_or_default();
     match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
         Ok(()) => {

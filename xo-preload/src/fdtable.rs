@@ -20,7 +20,7 @@ pub(crate) enum Entry {
     None,
     /// A listening socket on this tracked port.
     Listener(u16),
-    /// A listening socket that is not ours to track.
+    /// Has been looked at, and is nothing to us.
     Other,
     /// An epoll instance in which the server waits for more than listening sockets.
     Epoll,
@@ -41,6 +41,11 @@ fn word(fd: i32) -> Option<&'static AtomicU32> {
     let table = TABLE.load(Ordering::Acquire);
     // SAFETY: once set, the table is never unmapped, and the index is below its size.
     unsafe { table.add(index).as_ref() }
+}
+
+/// Is there a place for this number?
+pub(crate) fn has_room_for(fd: i32) -> bool {
+    word(fd).is_some()
 }
 
 /// Looks a descriptor up.

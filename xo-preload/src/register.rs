@@ -57,7 +57,7 @@ fn used() -> impl Iterator<Item = &'static Registration> {
 /// The server has changed what it waits for; called after the real epoll_ctl has worked.
 pub(crate) fn epoll_changed(epoll: c_int, operation: c_int, fd: c_int, event: Option<&epoll_event>) {
     if accept::tracked_port_if_listening(fd).is_none() {
-        if operation == libc::EPOLL_CTL_ADD && fdtable::get(epoll) == Entry::None {
+        if operation == libc::EPOLL_CTL_ADD && matches!(fdtable::get(epoll), Entry::None | Entry::Other) {
             holds_others(epoll, fd);
         }
         return;
@@ -203,6 +203,12 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
         }
     }
     None
+}
+
+/// Has the server something registered under this number?
+pub(crate) fn knows(fd: c_int) -> bool {
+    USED.load(Ordering::Relaxed) != 0
+        && used().any(|r| r.listener.load(Ordering::Acquire) == fd || r.epoll.load(Ordering::Relaxed) == fd)
 }
 
 /// A descriptor is being closed: what was registered with it ends.

@@ -154,7 +154,8 @@ fn apache(bed: &Bed, node: &str, root: &Path, mpm: &str) -> PathBuf {
         text += &format!("LoadModule {file}_module /usr/lib/apache2/modules/mod_{file}.so\n");
     }
     let processes = if mpm == "event" {
-        "StartServers 2\nServerLimit 2\nThreadsPerChild 32\nMaxRequestWorkers 64\nMinSpareThreads 1\nMaxSpareThreads 64\n"
+        // One process can serve all connections of a test: with no thread idle it closes those that wait.
+        "StartServers 2\nServerLimit 2\nThreadsPerChild 64\nMaxRequestWorkers 128\nMinSpareThreads 1\nMaxSpareThreads 128\n"
     } else {
         // A wake-up connection carries no data, so TCP_DEFER_ACCEPT would keep it from the server.
         "AcceptFilter http none\nStartServers 40\nServerLimit 40\nMaxRequestWorkers 40\nMinSpareServers 1\nMaxSpareServers 40\n"
