@@ -132,8 +132,10 @@ pub(crate) fn open() -> bool {
         NOT_BEFORE.store(0, Ordering::Relaxed);
         register::forget();
     }
-    let opened = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed) && connect();
-    if !opened && fd() < 0 {
+    let due = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed);
+    let opened = due && connect();
+    // Only an attempt begins a pause: a busy server asks all the time.
+    if due && !opened {
         NOT_BEFORE.store((raw::monotonic() + pause()).as_nanos() as u64, Ordering::Relaxed);
     }
     OPENING.store(false, Ordering::Release);
@@ -209,6 +211,12 @@ fn recover(old: &SlotTable, channel: RawFd) {
             state => new.set(index, state),
         }
     }
+}
+
+/// Has the daemon not hung up?
+pub(crate) fn is_answering() -> bool {
+    let fd = fd();
+    fd >= 0 && !raw::is_hung_up(fd)
 }
 
 /// Is the daemon still there? If not, see [`lost`].
