@@ -59,7 +59,7 @@ pub(crate) fn verdict(
     if !conn.asked.load(Ordering::Acquire) {
         return None;
     }
-    let state = match daemon::slot_state(index) {
+    let state = match conn.slot_state(index) {
         PENDING if nonblocking && daemon::is_alive() => return Some(Outcome::Error(libc::EAGAIN)),
         // It went away, and the slot with it.
         PENDING if nonblocking => daemon::slot_state(index),

@@ -120,6 +120,7 @@ pub(crate) fn open() -> bool {
     if fd() >= 0 && !is_ours() {
         // Inherited: the parent's end stays the parent's.
         raw::close(CHANNEL.swap(-1, Ordering::AcqRel));
+        conn::remember_gone();
         SLOTS.store(std::ptr::null_mut(), Ordering::Release);
         NOT_BEFORE.store(0, Ordering::Relaxed);
         register::forget();
@@ -157,6 +158,7 @@ fn connect() -> bool {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
+            conn::remember_gone();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
             // SAFETY: the page is mapped for good.
             if let Some(ours) = unsafe { OURS.load(Ordering::Acquire).as_ref() } {
