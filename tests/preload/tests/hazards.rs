@@ -132,17 +132,17 @@ impl Hazards {
         for run in ["native", "preloaded"] {
             let program = self.start(case, run);
             results.push(self.talk(case, run, 5));
-            if run == "preloaded" {
-                if let Some(moves) = moves {
-                    let node = self.away();
-                    assert_eq!(
-                        node,
-                        if moves { "t1" } else { "host" },
-                        "{case}: who serves what the policy sends away"
-                    );
-                    // The program sees an end, as of any client that leaves; and serves the next one.
-                    self.talk(case, run, 1);
-                }
+            if run == "preloaded"
+                && let Some(moves) = moves
+            {
+                let node = self.away();
+                assert_eq!(
+                    node,
+                    if moves { "t1" } else { "host" },
+                    "{case}: who serves what the policy sends away"
+                );
+                // The program sees an end, as of any client that leaves; and serves the next one.
+                self.talk(case, run, 1);
             }
             drop(program);
             self.end_daemon(case, run);
