@@ -62,10 +62,10 @@ pub(crate) fn verdict(
     if !conn.asked.load(Ordering::Acquire) {
         return None;
     }
-    let state = match daemon::slot_state(index) {
+    let state = match conn.slot_state(index) {
         PENDING if nonblocking => {
             daemon::check();
-            match daemon::slot_state(index) {
+            match conn.slot_state(index) {
                 PENDING => return Some(Outcome::Error(libc::EAGAIN)),
                 state => state,
             }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, A
 
 use xo_proto::http::{RequestTracker, ResponseTracker};
 use xo_proto::reason::Reason;
-use xo_proto::slot::SLOTS;
+use xo_proto::slot::{GONE, SLOTS};
 use xo_sys::raw;
 
 use crate::mode::Mode;
@@ -39,6 +39,8 @@ pub(crate) struct Conn {
     writing: AtomicBool,
     /// The daemon has been asked and its verdict not been seen.
     pub(crate) asked: AtomicBool,
+    /// It is elsewhere; said by a slot table that is no longer in use.
+    pub(crate) gone: AtomicBool,
     /// A descriptor of it, for waking the server.
     pub(crate) fd: AtomicI32,
     /// Whether its descriptors block.
@@ -115,6 +117,7 @@ pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Op
     let index = take()?;
     let conn = get(index)?;
     conn.asked.store(false, Ordering::Relaxed);
+    conn.gone.store(false, Ordering::Relaxed);
     conn.deadline.store(0, Ordering::Relaxed);
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
@@ -130,6 +133,15 @@ pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Op
     conn.kind.store(kind as u8, Ordering::Release);
     fdtable::set(fd, fdtable::Entry::Connection(index));
     Some(())
+}
+
+/// The slot table is about to be replaced: what it says for good is remembered.
+pub(crate) fn remember_gone() {
+    for (index, conn) in all().filter(|(_, c)| c.asked.load(Ordering::Acquire)) {
+        if daemon::slot_state(index) == GONE {
+            conn.gone.store(true, Ordering::Release);
+        }
+    }
 }
 
 /// A second descriptor for a connection (dup).
@@ -163,6 +175,11 @@ impl Conn {
             3 => Kind::Passive,
             _ => Kind::Free,
         }
+    }
+
+    /// State word of its slot.
+    pub(crate) fn slot_state(&self, index: u32) -> u32 {
+        if self.gone.load(Ordering::Acquire) { GONE } else { daemon::slot_state(index) }
     }
 
     /// Leaves the connection alone from now on.

@@ -128,6 +128,7 @@ pub(crate) fn open() -> bool {
     if fd() >= 0 && !is_ours() {
         // Inherited: the parent's end stays the parent's.
         raw::close(CHANNEL.swap(-1, Ordering::AcqRel));
+        conn::remember_gone();
         SLOTS.store(std::ptr::null_mut(), Ordering::Release);
         NOT_BEFORE.store(0, Ordering::Relaxed);
         register::forget();
@@ -173,6 +174,7 @@ fn connect() -> bool {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
+            conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
             EPOCH.fetch_add(1, Ordering::Relaxed);

@@ -10,7 +10,7 @@ use xo_sys::{raw, tcp_repair};
 
 use crate::boundary::{self, Outcome};
 use crate::conn::{self, Conn, Kind, ReadHalf};
-use crate::{daemon, fdtable};
+use crate::fdtable;
 
 /// Most pieces of a scattered read that are followed; a longer list is shortened, which is a short read.
 const MAX_PIECES: usize = 64;
@@ -118,7 +118,7 @@ fn await_other(fd: c_int, index: u32, conn: &Conn, nonblocking: bool) -> Option<
     if !conn.asked.load(Ordering::SeqCst) {
         return None;
     }
-    let state = match daemon::slot_state(index) {
+    let state = match conn.slot_state(index) {
         PENDING if !nonblocking => boundary::await_verdict(index, raw::receive_timeout(fd)),
         state => state,
     };
@@ -215,7 +215,7 @@ fn hold_writing(fd: c_int, index: u32, conn: &Conn, flags: c_int) -> Option<isiz
     if !conn.asked.load(Ordering::Acquire) {
         return None;
     }
-    let mut state = daemon::slot_state(index);
+    let mut state = conn.slot_state(index);
     if state == PENDING {
         if flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd) {
             set_errno(libc::EAGAIN);

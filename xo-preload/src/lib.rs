@@ -6,7 +6,8 @@
 //!
 //! Not hooked on purpose: `fork` (a page that the kernel wipes tells a child that it is one), stdio (glibc does not
 //! go through the PLT; a stream over a socket is seen by nobody and the connection never offloaded). Of `fcntl` and
-//! `ioctl` only what duplicates a descriptor or sets whether it blocks is looked at (`mode.rs`).
+//! `ioctl` only what duplicates a descriptor or sets whether it blocks is looked at (`mode.rs`). What a process does
+//! through io_uring is seen by nobody either; making a ring through libc's `syscall` is noticed, and said once.
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -69,7 +69,7 @@ pub(crate) fn shutting_down(fd: c_int) -> bool {
     if !conn.asked.load(Ordering::Acquire) {
         return false;
     }
-    match daemon::slot_state(index) {
+    match conn.slot_state(index) {
         PENDING => boundary::await_verdict(index, None) == GONE,
         state => state == GONE,
     }

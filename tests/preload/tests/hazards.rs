@@ -32,7 +32,7 @@ struct Hazards {
     bed: Bed,
     program: PathBuf,
     early: PathBuf,
-    _programs: Vec<Program>,
+    programs: Vec<Program>,
 }
 
 impl Hazards {
@@ -45,7 +45,7 @@ impl Hazards {
         ];
         bed.wait_acceptors("t1", "web", 4);
         let (program, early) = build(&bed);
-        Hazards { bed, program, early, _programs: programs }
+        Hazards { bed, program, early, programs }
     }
 
     fn output(&self, case: &str, run: &str) -> PathBuf {
@@ -132,17 +132,17 @@ impl Hazards {
         for run in ["native", "preloaded"] {
             let program = self.start(case, run);
             results.push(self.talk(case, run, 5));
-            if run == "preloaded" {
-                if let Some(moves) = moves {
-                    let node = self.away();
-                    assert_eq!(
-                        node,
-                        if moves { "t1" } else { "host" },
-                        "{case}: who serves what the policy sends away"
-                    );
-                    // The program sees an end, as of any client that leaves; and serves the next one.
-                    self.talk(case, run, 1);
-                }
+            if run == "preloaded"
+                && let Some(moves) = moves
+            {
+                let node = self.away();
+                assert_eq!(
+                    node,
+                    if moves { "t1" } else { "host" },
+                    "{case}: who serves what the policy sends away"
+                );
+                // The program sees an end, as of any client that leaves; and serves the next one.
+                self.talk(case, run, 1);
             }
             drop(program);
             self.end_daemon(case, run);
@@ -332,13 +332,11 @@ fn reads_with_a_time_limit() {
     // The target's daemon is stopped, not gone: the answer is late, and the host serves the request itself.
     let program = h.start("timeouts", "preloaded");
     h.away();
-    h._programs[1].signal(libc::SIGSTOP);
+    h.programs[1].signal(libc::SIGSTOP);
     let node = h.away();
-    h._programs[1].signal(libc::SIGCONT);
+    h.programs[1].signal(libc::SIGCONT);
     assert_eq!(node, "host");
-    let said = h.said("timeouts", "preloaded");
     drop(program);
-    println!("{said}");
     assert!(h.bed.status("host", "/refused_total") > 0, "{:?}", h.bed.try_status("host"));
 }
 

@@ -61,7 +61,7 @@ fn talk(number: u32) -> std::io::Result<Vec<(String, String, usize)>> {
         let (get, put) = if i < local { ("loc", "put") } else { (get, put) };
         let about =
             |e: std::io::Error| std::io::Error::other(format!("request {i} of connection {number}: {e}"));
-        let response = if (number + i) % 3 == 0 {
+        let response = if (number + i).is_multiple_of(3) {
             let path = format!("/{put}/{number}-{i}-{name}");
             let response = c.put(&path, &content::of(&path, size)).map_err(about)?;
             uploads.push((response.node().to_owned(), path, size));
