@@ -182,10 +182,9 @@ impl<'b> RequestHead<'b> {
 
     fn split_target(&mut self) {
         let mut rest = self.target;
-        let scheme = ["http://", "https://"]
-            .iter()
-            .find(|s| rest.get(..s.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(s)));
-        if let Some(authority) = scheme.and_then(|s| rest.get(s.len()..)) {
+        // Servers take any scheme for HTTP's.
+        let absolute = rest.split_once("://").filter(|(scheme, _)| is_scheme(scheme));
+        if let Some((_, authority)) = absolute {
             let end = authority.find(['/', '?']).unwrap_or(authority.len());
             self.host = authority.get(..end);
             rest = authority.get(end..).unwrap_or_default();
@@ -198,6 +197,12 @@ impl<'b> RequestHead<'b> {
             self.path = "/";
         }
     }
+}
+
+/// RFC 3986 section 3.1.
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'))
 }
 
 /// Digits and nothing else; so many that no arithmetic with them overflows.

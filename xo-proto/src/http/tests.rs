@@ -34,6 +34,16 @@ fn heads_are_read() {
         b"POST http://other/up?q HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n",
     );
     assert_eq!((h.path, h.host, h.body, h.expect_continue), ("/up", Some("other"), Body::Length(5), true));
+    for (target, host, path) in [
+        ("x+1.-://a:1/b", Some("a:1"), "/b"),
+        ("HTTPS://a", Some("a"), "/"),
+        ("1://a/b", None, "1://a/b"),
+        ("/x://a/b", None, "/x://a/b"),
+    ] {
+        let text = format!("GET {target} HTTP/1.1\r\n\r\n");
+        let h = complete(text.as_bytes());
+        assert_eq!((h.host, h.path), (host, path), "{target}");
+    }
     let h = complete(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nConnection: foo, Close\r\n\r\n");
     assert_eq!((h.body, h.close), (Body::Chunked, true));
     let h = complete(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
