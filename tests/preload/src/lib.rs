@@ -7,7 +7,10 @@ pub mod bed;
 pub mod client;
 pub mod content;
 pub mod counters;
+pub mod framer;
+pub mod hostile;
 pub mod load;
+pub mod plain;
 pub mod program;
 pub mod servers;
 
