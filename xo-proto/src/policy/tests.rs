@@ -78,6 +78,8 @@ fn paths_are_what_the_server_looks_up() {
         ("/100%", "/100%"),
         ("/a%zz", "/a%zz"),
         ("/.hidden", "/.hidden"),
+        ("/a#/../b", "/a"),
+        ("/a%23b", "/a#b"),
     ] {
         assert_eq!(normalised(given), expected, "{given}");
     }
