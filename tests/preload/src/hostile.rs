@@ -48,6 +48,17 @@ pub fn stream(r: &mut Random) -> Vec<u8> {
     stream
 }
 
+/// A target with much to normalise.
+pub fn target(r: &mut Random) -> String {
+    let pieces = [
+        "/", "/", "/", ".", "..", "/.", "/..", "/../", "a", "b", "...", "%61", "%2f", "%2E", "%2e.", "%25",
+        "%41%42",
+    ];
+    let odd = ["%00", "%", "%g1", "#c", "?d", "%23", "%3f", "\u{e4}", "%e4", "+", "\\", ";x", ":", "%20"];
+    let start = r.rarely(10, &["http://y", "z://y:1", "http://y/"], &["/"]);
+    (0..r.below(8)).fold(start.to_owned(), |t, _| t + r.rarely(6, &odd, &pieces))
+}
+
 fn request(r: &mut Random) -> Vec<u8> {
     let end = r.rarely(80, &["\n", "\r", "\r\r\n", " \r\n"], &["\r\n"]);
     let lead = r.rarely(50, &["\n", " ", "\r", "\r\n\r\n\r\n"], &["", "", "", "\r\n", "\r\n\r\n"]);

@@ -17,7 +17,7 @@ use crate::program::{Program, wait_for};
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// A running nginx. Below `/plain` it answers itself and discards bodies, everywhere else it asks the upstream, whose
-/// answer has a field `X-Seen` (see [`seen`]).
+/// answer has a field `X-Seen` (see [`seen`]). For hosts that begin with `path` it answers with the path that it looks up.
 #[derive(Debug)]
 pub struct Plain {
     program: Program,
@@ -53,7 +53,8 @@ impl Plain {
              client_body_temp_path {d}/body; proxy_temp_path {d}/proxy;\n\
              server {{ listen 127.0.0.1:{port};\n\
              location / {{ proxy_pass http://unix:{}; }}\n\
-             location /plain {{ return 200 plain; }} }} }}\n",
+             location /plain {{ return 200 plain; }} }}\n\
+             server {{ listen 127.0.0.1:{port}; server_name ~^path; location / {{ return 200 $uri; }} }} }}\n",
             upstream.display(),
         );
         let path = directory.join("nginx.conf");

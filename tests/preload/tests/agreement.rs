@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::env;
 
+use xo_proto::http::{Head, parse_head};
+use xo_proto::policy::{Decision, Policy};
 use xo_proto::reason::Reason;
 use xo_tests::Connection;
 use xo_tests::framer::{self, Request, Stop};
@@ -296,9 +298,7 @@ fn nginx_frames_what_we_frame() {
 
 #[test]
 fn nginx_frames_random_streams_as_we_do() {
-    let number =
-        |name: &str| env::var(name).ok().map(|v| v.parse::<u64>().unwrap_or_else(|e| panic!("{name}: {e}")));
-    let (seed, count) = (number("XO_SEED").unwrap_or(1), number("XO_STREAMS").unwrap_or(10_000));
+    let (seed, count) = (number("XO_SEED", 1), number("XO_STREAMS", 10_000));
     println!("XO_SEED={seed} XO_STREAMS={count}");
     let nginx = Plain::start();
     let mut random = Random(seed);
@@ -323,4 +323,50 @@ fn nginx_frames_random_streams_as_we_do() {
     }
     println!("{answered} requests answered alike, {rejected} rejected by nginx; {stops:?}");
     assert!(answered > count as usize, "too few valid requests to tell anything: {answered}");
+}
+
+/// Does a rule for exactly this path take a request for this target?
+fn rule_takes(path: &str, target: &str) -> bool {
+    let policy = format!(
+        "listen = [80]\n[targets]\nt = \"127.0.0.1:1\"\n[[rule]]\npath_exact = {path:?}\nto = [\"t\"]\n"
+    );
+    let policy = Policy::parse(&policy).unwrap_or_else(|e| panic!("{e}: {policy}"));
+    let request = format!("GET {target} HTTP/1.1\r\n\r\n");
+    match parse_head(request.as_bytes()) {
+        Head::Complete(head) => policy.decide(&head, "host") != Decision::Local,
+        _ => panic!("{target:?} is refused"),
+    }
+}
+
+/// Or else a client could choose, by the way it writes a path, whether its rule applies.
+#[test]
+fn nginx_looks_up_the_path_that_the_policy_sees() {
+    let (seed, count) = (number("XO_SEED", 1), number("XO_PATHS", 5000));
+    println!("XO_SEED={seed} XO_PATHS={count}");
+    let nginx = Plain::start();
+    let mut random = Random(seed);
+    let (mut wrong, mut looked_up) = (Vec::new(), 0);
+    let mut connection = nginx.connect();
+    for _ in 0..count {
+        let target = hostile::target(&mut random);
+        let target = target.replace("://y", "://path");
+        connection.send(format!("GET {target} HTTP/1.1\r\nHost: path\r\n\r\n").as_bytes()).expect("send");
+        let response = connection.response(false).unwrap_or_else(|e| panic!("{target:?}: {e}"));
+        if response.status != 200 {
+            connection = nginx.connect();
+            continue;
+        }
+        looked_up += 1;
+        let path = String::from_utf8_lossy(&response.body).into_owned();
+        if !rule_takes(&path, &target) {
+            wrong.push(format!("{target:?} is {path:?}"));
+        }
+    }
+    println!("{looked_up} paths looked up");
+    assert!(wrong.is_empty(), "{} of {looked_up}: {:#?}", wrong.len(), &wrong[..wrong.len().min(20)]);
+    assert!(looked_up > count / 2, "too few valid paths to tell anything: {looked_up}");
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|e| panic!("{name}: {e}")))
 }
