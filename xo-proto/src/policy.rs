@@ -197,7 +197,12 @@ fn check_targets(text: &str, targets: &[(At<String>, SocketAddr)]) -> Result<(),
 
 fn error_at(text: &str, offset: usize, message: impl Into<String>) -> PolicyError {
     let (line, column) = position(text, offset);
-    PolicyError { line, column, message: message.into() }
+    let mut one_line = String::new();
+    // Quoted parts of the policy may hold anything.
+    for c in message.into().chars() {
+        if c.is_control() { one_line.extend(c.escape_default()) } else { one_line.push(c) }
+    }
+    PolicyError { line, column, message: one_line }
 }
 
 /// Line and column (in characters), from 1, of a byte offset.

@@ -125,6 +125,7 @@ fn one_liners_mean_the_same() {
         (None, "80, 80", "t1=10.3.0.2:7400", 1, 5, "XO_LISTEN: port 80 stands twice"),
         (Some(FILE), "80, 80", "t1=10.3.0.2:7400", 1, 5, "XO_LISTEN: port 80 stands twice"),
         (None, "80,0", "t1=10.3.0.2:7400", 1, 4, "XO_LISTEN: `0` is not a port"),
+        (None, "80,\nx\n1", "t1=10.3.0.2:7400", 2, 1, "XO_LISTEN: `x\\n1` is not a port"),
         (None, "80,x", "t1=10.3.0.2:7400", 1, 4, "XO_LISTEN: `x` is not a port"),
         (None, "80", "t1=10.3.0.2:7400,t1=10.4.0.2:7400", 1, 18, "XO_TARGETS: target `t1` stands twice"),
         (None, "80", "local=10.3.0.2:7400", 1, 1, "XO_TARGETS: `local` names the host itself"),
