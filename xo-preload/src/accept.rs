@@ -2,16 +2,21 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use libc::{c_int, sockaddr, socklen_t};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
 use xo_proto::slot::Counter;
 use xo_sys::raw::{self, Fd};
+use xo_sys::tcp_repair;
 
 use crate::conn::{self, Kind};
 use crate::fdtable::{self, Entry};
-use crate::{daemon, init, register};
+use crate::{daemon, init, lifecycle, register};
+
+/// How long a connection may stay in repair mode after it was passed on.
+const LIVE: Duration = Duration::from_millis(5);
 
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
@@ -19,7 +24,7 @@ pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
     match fdtable::get(fd) {
         Entry::Listener(port) => Some(port),
         Entry::Other | Entry::Connection(_) => None,
-        Entry::None => {
+        Entry::None | Entry::Epoll => {
             init::active_policy()?;
             let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| init::tracks(*p));
             fdtable::set(fd, port.map_or(Entry::Other, Entry::Listener));
@@ -31,7 +36,14 @@ pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
 /// As [`tracked_port`], for a descriptor that may be no listening socket at all.
 pub(crate) fn tracked_port_if_listening(fd: c_int) -> Option<u16> {
     match fdtable::get(fd) {
-        Entry::None if init::active_policy().is_some() && raw::is_listening(fd) => tracked_port(fd),
+        Entry::None if init::active_policy().is_some() => {
+            if raw::is_listening(fd) {
+                return tracked_port(fd);
+            }
+            // Not asked again before it is closed or listens.
+            fdtable::set(fd, Entry::Other);
+            None
+        }
         Entry::Listener(port) => Some(port),
         _ => None,
     }
@@ -45,11 +57,15 @@ pub(crate) fn accept(
     flags: c_int,
     call: impl Fn() -> c_int,
 ) -> c_int {
-    if let Some((deliver, socket)) = register::delivery(fd) {
-        return hand_out(fd, &deliver, socket, address, len, flags);
+    while let Some((deliver, socket)) = register::delivery(fd) {
+        if is_live(&socket) {
+            return hand_out(fd, &deliver, socket, address, len, flags);
+        }
+        // Closed in repair mode, without a packet; its host serves it.
+        log::warn!("a connection that was not brought to life is left");
     }
     loop {
-        if !raw::is_nonblocking(fd) {
+        if register::may_be_woken(fd) {
             register::waker(fd);
         }
         let accepted = call();
@@ -58,28 +74,48 @@ pub(crate) fn accept(
         }
         conn::forget(accepted);
         let Ok((client, _)) = raw::peer_address(accepted) else { return accepted };
-        if daemon::is_wake_port(client.port()) && is_own_address(accepted, client.ip()) {
-            raw::close(accepted);
+        let announced = daemon::is_wake_port(client.port());
+        if (announced || register::may_be_woken(fd)) && is_own_address(accepted, client.ip()) {
             match daemon::take(client.port()) {
-                Some((deliver, socket)) => return hand_out(fd, &deliver, socket, address, len, flags),
-                // Somebody else has it. A blocking server waits on.
-                None if raw::is_nonblocking(fd) => {
-                    crate::io::set_errno(libc::EAGAIN);
-                    return -1;
+                Some((deliver, socket)) => {
+                    raw::close(accepted);
+                    return hand_out(fd, &deliver, socket, address, len, flags);
                 }
-                None => continue,
+                // Somebody else has it. A blocking server waits on.
+                None if announced => {
+                    raw::close(accepted);
+                    if raw::is_nonblocking(fd) {
+                        crate::io::set_errno(libc::EAGAIN);
+                        return -1;
+                    }
+                    continue;
+                }
+                None => {}
             }
         }
         if client.ip().is_loopback() {
             // Nothing on the way of a loopback connection can be steered.
             return accepted;
         }
-        if conn::track(accepted, Kind::Tracked, 0).is_none() {
+        if conn::track(accepted, Kind::Tracked, 0, flags & libc::SOCK_NONBLOCK != 0).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
         daemon::count(Counter::Accepted as usize);
+        lifecycle::tracking();
         return accepted;
     }
+}
+
+/// The daemon takes a connection out of repair mode right after passing it on, unless it died in between.
+fn is_live(socket: &Fd) -> bool {
+    let end = raw::monotonic() + LIVE;
+    while tcp_repair::in_repair(socket.as_raw_fd()) {
+        if raw::monotonic() > end {
+            return false;
+        }
+        raw::yield_processor();
+    }
+    true
 }
 
 fn is_own_address(accepted: c_int, peer: IpAddr) -> bool {
@@ -106,7 +142,7 @@ fn hand_out(
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
-    if conn::track(fd, Kind::Restored, deliver.delivery).is_none() {
+    if conn::track(fd, Kind::Restored, deliver.delivery, flags & libc::SOCK_NONBLOCK != 0).is_none() {
         daemon::count(Reason::SlotsFull as usize);
     }
     daemon::count(Counter::Delivered as usize);

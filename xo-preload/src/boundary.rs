@@ -1,5 +1,6 @@
 //! At a request's boundary: look at the head without taking it, and decide.
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -7,17 +8,17 @@ use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
 use xo_proto::ipc::Offload;
 use xo_proto::policy::Decision;
 use xo_proto::reason::Reason;
-use xo_proto::slot::{Counter, GONE, PENDING, stay_reason};
+use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
-use crate::conn::{Conn, ReadHalf};
+use crate::conn::{Conn, Kind, ReadHalf};
 use crate::{daemon, init, poll};
 
 /// Most heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
 const ESTABLISHED: u8 = 1;
-/// A blocking descriptor waits this long for a verdict; the daemon's own limits are far below.
-const VERDICT: Duration = Duration::from_secs(10);
+/// After this long without a verdict, is the daemon still there? Its own limits are below.
+const VERDICT: Duration = Duration::from_secs(5);
 
 static TURN: AtomicUsize = AtomicUsize::new(0);
 
@@ -34,14 +35,45 @@ pub(crate) enum Outcome {
     Error(i32),
 }
 
+/// Waits for the verdict; it can only stay PENDING when there is a time limit. FREE when there is no daemon any more
+/// that could give one.
+pub(crate) fn await_verdict(index: u32, limit: Option<Duration>) -> u32 {
+    let end = limit.map(|l| raw::monotonic() + l);
+    loop {
+        let left = end.map_or(VERDICT, |e| e.saturating_sub(raw::monotonic()).min(VERDICT));
+        let state = daemon::wait_slot(index, left);
+        if state != PENDING || end.is_some_and(|e| raw::monotonic() >= e) {
+            return state;
+        }
+        if !daemon::is_open() {
+            return FREE;
+        }
+    }
+}
+
 /// What the last request to the daemon has come to, if one is out. `None`: read on.
-pub(crate) fn verdict(conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Option<Outcome> {
+pub(crate) fn verdict(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    half: &mut ReadHalf,
+    nonblocking: bool,
+) -> Option<Outcome> {
     if !conn.asked.load(Ordering::Acquire) {
         return None;
     }
     let state = match daemon::slot_state(index) {
-        PENDING if nonblocking => return Some(Outcome::Error(libc::EAGAIN)),
-        PENDING => daemon::wait_slot(index, VERDICT),
+        PENDING if nonblocking => {
+            daemon::check();
+            match daemon::slot_state(index) {
+                PENDING => return Some(Outcome::Error(libc::EAGAIN)),
+                state => state,
+            }
+        }
+        PENDING => match await_verdict(index, raw::receive_timeout(fd)) {
+            PENDING => return Some(Outcome::Error(libc::EAGAIN)),
+            state => state,
+        },
         state => state,
     };
     if state == GONE {
@@ -58,54 +90,51 @@ pub(crate) fn verdict(conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking:
 
 /// Looks at what waits in the socket and decides about the request that begins there.
 pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
-    let mut small = [0; SMALL];
+    let mut small = [MaybeUninit::uninit(); SMALL];
+    let mut end = None;
     loop {
-        let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
-        let n = match raw::peek(fd, &mut small, flags) {
-            Ok(n) => n,
+        // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
+        let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
+        let bytes = match raw::peek_into(fd, &mut small, flags) {
+            Ok(bytes) => bytes,
             Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
         };
-        let bytes = small.get(..n).unwrap_or_default();
+        let n = bytes.len();
         if bytes.is_empty() {
             // The client has closed; the real call says so.
             return Outcome::Read { alone: true };
         }
         let seen = match parse_head(bytes) {
-            Head::Partial if n == SMALL => return look_far(fd, conn, index, half, nonblocking),
+            Head::Partial if n == SMALL => look_far(fd, conn, index, half),
             head => judge(fd, conn, index, half, head, n, n < SMALL),
         };
         match seen {
             Seen::Outcome(outcome) => return outcome,
-            Seen::Asked if nonblocking => return Outcome::Error(libc::EAGAIN),
-            Seen::Asked => match verdict(conn, index, half, false) {
+            Seen::Asked | Seen::HeldBack if nonblocking => return Outcome::Error(libc::EAGAIN),
+            Seen::Asked => match verdict(fd, conn, index, half, false) {
                 Some(outcome) => return outcome,
                 None => continue,
             },
-            Seen::HeldBack if nonblocking => return Outcome::Error(libc::EAGAIN),
-            Seen::HeldBack => raw::wait_readable(fd, until(conn)),
+            Seen::HeldBack => {
+                let end = *end.get_or_insert_with(|| raw::receive_timeout(fd).map(|t| raw::monotonic() + t));
+                let left = end.map_or(Duration::MAX, |e: Duration| e.saturating_sub(raw::monotonic()));
+                if left.is_zero() {
+                    return Outcome::Error(libc::EAGAIN);
+                }
+                raw::wait_readable(fd, left.min(until(conn)));
+            }
         }
     }
 }
 
 /// As [`look`], for a head that does not fit on the stack.
-fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
+fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf) -> Seen {
     let mut large = vec![0; MAX_HEAD + 1];
-    let n = match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
-        Ok(n) => n,
-        Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
-    };
-    let head = parse_head(large.get(..n).unwrap_or_default());
-    match judge(fd, conn, index, half, head, n, n <= MAX_HEAD) {
-        Seen::Outcome(outcome) => outcome,
-        Seen::Asked | Seen::HeldBack if nonblocking => Outcome::Error(libc::EAGAIN),
-        Seen::Asked => match verdict(conn, index, half, false) {
-            Some(outcome) => outcome,
-            None => look(fd, conn, index, half, nonblocking),
-        },
-        Seen::HeldBack => {
-            raw::wait_readable(fd, until(conn));
-            look(fd, conn, index, half, nonblocking)
+    match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
+        Ok(n) => {
+            judge(fd, conn, index, half, parse_head(large.get(..n).unwrap_or_default()), n, n <= MAX_HEAD)
         }
+        Err(e) => Seen::Outcome(Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO))),
     }
 }
 
@@ -191,8 +220,10 @@ fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bo
     let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
     let decided_ns = raw::monotonic().as_nanos() as u64;
     conn.fd.store(fd, Ordering::Relaxed);
-    conn.asked.store(true, Ordering::Release);
-    let asked = daemon::offload(fd, index, |generation| Offload {
+    conn.asked.store(true, Ordering::SeqCst);
+    // From here on whoever uses the connection waits for the verdict; who has come before has made it passive.
+    let still = || conn.kind() == Kind::Tracked;
+    let asked = daemon::offload(fd, index, still, |generation| Offload {
         slot: index,
         generation,
         target: target.name.clone(),

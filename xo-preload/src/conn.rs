@@ -13,6 +13,7 @@ use xo_proto::reason::Reason;
 use xo_proto::slot::SLOTS;
 use xo_sys::raw;
 
+use crate::mode::Mode;
 use crate::{daemon, fdtable};
 
 /// What is done about a connection.
@@ -40,10 +41,14 @@ pub(crate) struct Conn {
     pub(crate) asked: AtomicBool,
     /// A descriptor of it, for waking the server.
     pub(crate) fd: AtomicI32,
+    /// Whether its descriptors block.
+    pub(crate) mode: Mode,
     /// When a head that is held back is let through, `CLOCK_MONOTONIC` ns; 0 for none.
     pub(crate) deadline: AtomicU64,
     /// Index of its delivery, for `Restored`.
     delivery: AtomicU32,
+    /// The daemon that gave it, see `daemon::epoch`.
+    given_by: AtomicU32,
     next_free: AtomicU32,
     read: UnsafeCell<Option<ReadHalf>>,
     write: UnsafeCell<Option<ResponseTracker>>,
@@ -96,15 +101,25 @@ pub(crate) fn all() -> impl Iterator<Item = (u32, &'static Conn)> {
     (0..USED.load(Ordering::Acquire)).filter_map(|i| Some((i, get(i)?)))
 }
 
+/// Connections for which the daemon has been asked, its verdict not seen yet.
+pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
+    all().filter(|(_, c)| c.asked.load(Ordering::Acquire) && c.kind() == Kind::Tracked)
+}
+
 /// Starts to follow the connection behind a descriptor; `None` when the table is full.
-pub(crate) fn track(fd: i32, kind: Kind, delivery: u32) -> Option<()> {
+pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Option<()> {
     forget(fd);
+    if !fdtable::has_room_for(fd) {
+        return None;
+    }
     let index = take()?;
     let conn = get(index)?;
     conn.asked.store(false, Ordering::Relaxed);
     conn.deadline.store(0, Ordering::Relaxed);
+    conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.delivery.store(delivery, Ordering::Relaxed);
+    conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
     conn.descriptors.store(1, Ordering::Relaxed);
     // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
     // entry is freed, so overwriting without a drop loses nothing.
@@ -155,7 +170,7 @@ impl Conn {
         let tracked = Kind::Tracked as u8;
         if self
             .kind
-            .compare_exchange(tracked, Kind::Passive as u8, Ordering::AcqRel, Ordering::Relaxed)
+            .compare_exchange(tracked, Kind::Passive as u8, Ordering::SeqCst, Ordering::Relaxed)
             .is_ok()
         {
             daemon::count(reason as usize);
@@ -174,7 +189,10 @@ impl Conn {
 
     fn release(&self, index: u32) {
         if self.kind() == Kind::Restored {
-            daemon::closed_delivery(self.delivery.load(Ordering::Relaxed));
+            daemon::closed_delivery(
+                self.delivery.load(Ordering::Relaxed),
+                self.given_by.load(Ordering::Relaxed),
+            );
         }
         // A verdict that is still to come finds the slot cleared and is ignored.
         daemon::clear_slot(index);

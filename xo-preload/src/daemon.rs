@@ -2,26 +2,31 @@
 //!
 //! A child must not use its parent's: a page that the kernel wipes on fork says whose it is.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use once_cell::race::OnceBox;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
 use xo_proto::ipc::{Deliver, FromDaemon, Offload, Ticket, ToDaemon, VERSION};
 use xo_proto::reason::Reason;
-use xo_proto::slot::FREE;
+use xo_proto::slot::{FREE, PENDING, stay};
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
 
 use crate::{conn, poll, register};
 
-/// How long the daemon may take to answer a hello or a take.
-const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 500_000 };
-/// Pause after a failed connection.
+/// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
+const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
+/// Pause after a failed connection; a shorter one while the daemon may just be restarting.
 const PAUSE: Duration = Duration::from_secs(1);
+const SHORT_PAUSE: Duration = Duration::from_millis(50);
+const RESTART: Duration = Duration::from_secs(5);
+/// A blocked caller looks this often whether the daemon is still there.
+const LOOK: Duration = Duration::from_millis(100);
 /// Our descriptors keep out of the way of the server's low numbers.
 const LEAST_FD: RawFd = 400;
 
@@ -30,8 +35,11 @@ static NODE: OnceBox<String> = OnceBox::new();
 static TICKET: OnceBox<Ticket> = OnceBox::new();
 static CHANNEL: AtomicI32 = AtomicI32::new(-1);
 static SLOTS: AtomicPtr<SlotTable> = AtomicPtr::new(std::ptr::null_mut());
+static EPOCH: AtomicU32 = AtomicU32::new(0);
 static OPENING: AtomicBool = AtomicBool::new(false);
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
+/// When the daemon went away, ns.
+static LOST: AtomicU64 = AtomicU64::new(0);
 /// Points into a page that is zero in a child.
 static OURS: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 
@@ -80,6 +88,30 @@ pub(crate) fn is_ours() -> bool {
     unsafe { OURS.load(Ordering::Acquire).as_ref() }.is_some_and(|w| w.load(Ordering::Relaxed) != 0)
 }
 
+/// This process. Kept beside the word that says whose the channel is: a child asks the kernel for its own.
+pub(crate) fn process() -> u32 {
+    // SAFETY: the page is mapped for good, and holds more than one word.
+    let Some(word) = (unsafe { OURS.load(Ordering::Acquire).add(1).as_ref() }) else { return raw::process() };
+    match word.load(Ordering::Relaxed) {
+        0 => {
+            let process = raw::process();
+            word.store(process, Ordering::Relaxed);
+            process
+        }
+        process => process,
+    }
+}
+
+/// In a child of fork: learns its own number at once, so that its vforks are told from itself.
+pub(crate) extern "C" fn forked() {
+    process();
+}
+
+/// Does this process run in its parent's memory (vfork)? What it does to its descriptors is not done to the parent's.
+pub(crate) fn is_borrowed() -> bool {
+    process() != raw::process()
+}
+
 fn slots() -> Option<&'static SlotTable> {
     // SAFETY: tables are leaked, never freed: a thread may be using one.
     unsafe { SLOTS.load(Ordering::Acquire).as_ref() }
@@ -102,13 +134,19 @@ pub(crate) fn open() -> bool {
     }
     let opened = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed) && connect();
     if !opened && fd() < 0 {
-        NOT_BEFORE.store((raw::monotonic() + PAUSE).as_nanos() as u64, Ordering::Relaxed);
+        NOT_BEFORE.store((raw::monotonic() + pause()).as_nanos() as u64, Ordering::Relaxed);
     }
     OPENING.store(false, Ordering::Release);
     if opened {
         register::announce_again();
     }
     opened
+}
+
+/// How long to wait before the next attempt.
+pub(crate) fn pause() -> Duration {
+    let lost = Duration::from_nanos(LOST.load(Ordering::Relaxed));
+    if raw::monotonic().saturating_sub(lost) < RESTART { SHORT_PAUSE } else { PAUSE }
 }
 
 /// As [`open`], however short ago it failed: a daemon was just started.
@@ -133,7 +171,12 @@ fn connect() -> bool {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
+            let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
+            EPOCH.fetch_add(1, Ordering::Relaxed);
+            if let Some(old) = old {
+                recover(old, fd.as_raw_fd());
+            }
             // SAFETY: the page is mapped for good.
             if let Some(ours) = unsafe { OURS.load(Ordering::Acquire).as_ref() } {
                 ours.store(1, Ordering::Relaxed);
@@ -150,7 +193,34 @@ fn connect() -> bool {
     }
 }
 
-/// The daemon is gone: connections that wait for its verdict stay here.
+/// A new daemon: verdicts of the old one are kept; connections that it left in the middle of a hand-off, and which
+/// only a daemon can bring back to life, are shown to the new one.
+fn recover(old: &SlotTable, channel: RawFd) {
+    let Some(new) = slots() else { return };
+    for (index, conn) in conn::waiting() {
+        match old.state(index) {
+            PENDING => {
+                let generation = new.begin(index);
+                let message = ToDaemon::Recover { slot: index, generation };
+                if !send_on(channel, &message, &[conn.fd.load(Ordering::Relaxed)], 0) {
+                    log::error!("a connection in the middle of a hand-off is lost");
+                }
+            }
+            state => new.set(index, state),
+        }
+    }
+}
+
+/// Is the daemon still there? If not, see [`lost`].
+pub(crate) fn check() {
+    let fd = fd();
+    if fd >= 0 && is_ours() && raw::is_hung_up(fd) {
+        lost();
+    }
+}
+
+/// The daemon is gone: connections that wait for its verdict stay here, but for those that it has put into repair
+/// mode; these wait for the next daemon.
 pub(crate) fn lost() {
     let fd = CHANNEL.swap(-1, Ordering::AcqRel);
     if fd < 0 {
@@ -158,30 +228,52 @@ pub(crate) fn lost() {
     }
     raw::close(fd);
     log::warn!("xo-peerd is gone");
+    LOST.store(raw::monotonic().as_nanos() as u64, Ordering::Relaxed);
+    NOT_BEFORE.store(0, Ordering::Relaxed);
     poll::look_for_daemon();
-    for (index, conn) in conn::all() {
-        if conn.asked.load(Ordering::Acquire) {
-            clear_slot(index);
-            let _ = tcp_repair::poke(conn.fd.load(Ordering::Relaxed));
+    let Some(slots) = slots() else { return };
+    for (index, conn) in conn::waiting() {
+        let fd = conn.fd.load(Ordering::Relaxed);
+        if slots.state(index) == PENDING && !tcp_repair::in_repair(fd) {
+            slots.set(index, stay(Reason::NoDaemon));
+            let _ = tcp_repair::poke(fd);
         }
     }
 }
 
-/// Asks for a hand-off; the verdict comes in the slot. `None` and a reason when it could not be asked.
-pub(crate) fn offload(fd: RawFd, slot: u32, request: impl FnOnce(u32) -> Offload) -> Result<(), Reason> {
+/// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection
+/// is not `still` what it was now that the slot is pending.
+pub(crate) fn offload(
+    fd: RawFd,
+    slot: u32,
+    still: impl FnOnce() -> bool,
+    request: impl FnOnce(u32) -> Offload,
+) -> Result<(), Reason> {
     if !open() {
         return Err(Reason::NoDaemon);
     }
     let Some(slots) = slots() else { return Err(Reason::NoDaemon) };
-    let message = ToDaemon::Offload(request(slots.begin(slot)));
+    let generation = slots.begin(slot);
+    fence(Ordering::SeqCst);
+    if !still() {
+        slots.clear(slot);
+        return Err(Reason::Shared);
+    }
+    let message = ToDaemon::Offload(request(generation));
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
-    let Ok(n) = encode_local(&message, &mut buffer) else { return Err(Reason::NoTarget) };
+    let Ok(n) = encode_local(&message, &mut buffer) else {
+        slots.clear(slot);
+        return Err(Reason::NoTarget);
+    };
     let bytes = buffer.get(..n).unwrap_or_default();
     match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            poll::look_after_daemon();
+            Ok(())
+        }
         Err(e) => {
             slots.clear(slot);
-            if e.kind() == std::io::ErrorKind::WouldBlock {
+            if e.kind() == ErrorKind::WouldBlock {
                 return Err(Reason::DaemonBusy);
             }
             lost();
@@ -197,7 +289,17 @@ pub(crate) fn slot_state(slot: u32) -> u32 {
 
 /// Waits for a slot's verdict.
 pub(crate) fn wait_slot(slot: u32, timeout: Duration) -> u32 {
-    slots().map_or(FREE, |s| s.wait(slot, timeout))
+    let end = raw::monotonic() + timeout;
+    loop {
+        // A restarted daemon brings a new table.
+        let Some(slots) = slots() else { return FREE };
+        let state = slots.wait(slot, LOOK);
+        if state != PENDING || raw::monotonic() >= end {
+            return state;
+        }
+        check();
+        open();
+    }
 }
 
 /// Gives a slot back.
@@ -214,9 +316,14 @@ pub(crate) fn count(counter: usize) {
     }
 }
 
-/// Reports that this process has closed a restored connection.
-pub(crate) fn closed_delivery(delivery: u32) {
-    if let Some(slots) = slots().filter(|_| is_ours()) {
+/// Which daemon this process is connected to, counted from 1.
+pub(crate) fn epoch() -> u32 {
+    EPOCH.load(Ordering::Relaxed)
+}
+
+/// Reports that this process has closed a restored connection that the daemon of that epoch had given it.
+pub(crate) fn closed_delivery(delivery: u32, given_by: u32) {
+    if let Some(slots) = slots().filter(|_| is_ours() && epoch() == given_by) {
         slots.close_delivery(delivery);
     }
 }
@@ -228,7 +335,14 @@ pub(crate) fn is_wake_port(port: u16) -> bool {
 
 /// Tells the daemon that this process accepts from a listening socket; see [`ToDaemon::Register`].
 pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
-    is_open() && send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0)
+    if !is_open() {
+        return false;
+    }
+    let sent = send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0);
+    if !sent {
+        check();
+    }
+    sent
 }
 
 /// What a registration's channel gives.
@@ -250,7 +364,7 @@ pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
             (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
             _ => Delivery::Nothing,
         },
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Delivery::Nothing,
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Delivery::Nothing,
         Err(_) => Delivery::End,
     }
 }

@@ -8,6 +8,7 @@ use xo_sys::raw;
 const MAX_FDS: usize = 1 << 20;
 const LISTENER: u32 = 1 << 31;
 const OTHER: u32 = 1 << 30;
+const EPOLL: u32 = 1 << 29;
 
 static TABLE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static SIZE: AtomicUsize = AtomicUsize::new(0);
@@ -19,8 +20,10 @@ pub(crate) enum Entry {
     None,
     /// A listening socket on this tracked port.
     Listener(u16),
-    /// A listening socket that is not ours to track.
+    /// Has been looked at, and is nothing to us.
     Other,
+    /// An epoll instance in which the server waits for more than listening sockets.
+    Epoll,
     /// A tracked connection, by its index in the connection table.
     Connection(u32),
 }
@@ -40,12 +43,18 @@ fn word(fd: i32) -> Option<&'static AtomicU32> {
     unsafe { table.add(index).as_ref() }
 }
 
+/// Is there a place for this number?
+pub(crate) fn has_room_for(fd: i32) -> bool {
+    word(fd).is_some()
+}
+
 /// Looks a descriptor up.
 #[inline]
 pub(crate) fn get(fd: i32) -> Entry {
     match word(fd).map_or(0, |w| w.load(Ordering::Acquire)) {
         0 => Entry::None,
         OTHER => Entry::Other,
+        EPOLL => Entry::Epoll,
         w if w & LISTENER != 0 => Entry::Listener(w as u16),
         w => Entry::Connection(w - 1),
     }
@@ -57,6 +66,7 @@ pub(crate) fn set(fd: i32, entry: Entry) -> Entry {
         Entry::None => 0,
         Entry::Listener(port) => LISTENER | u32::from(port),
         Entry::Other => OTHER,
+        Entry::Epoll => EPOLL,
         Entry::Connection(index) => index + 1,
     };
     let before = get(fd);

@@ -16,6 +16,7 @@ pub(crate) fn is_ours(fd: c_int) -> bool {
 pub(crate) fn make_way(fd: c_int) {
     if fd == daemon::fd()
         && fd >= 0
+        && !daemon::is_borrowed()
         && let Ok(elsewhere) =
             raw::duplicate_from(fd, fd.saturating_add(1)).or_else(|_| raw::duplicate_from(fd, 3))
     {

@@ -16,7 +16,7 @@ use libc::{
 use xo_proto::reason::Reason;
 
 use crate::interpose::{hooks, optional_hooks};
-use crate::{accept as accepting, hide, io, lifecycle, poll as polling, register};
+use crate::{accept as accepting, fdtable, hide, init, io, lifecycle, mode, poll as polling, register};
 
 /// Looks all originals up; at load.
 pub(crate) fn resolve() {
@@ -283,7 +283,11 @@ hooks! {
     }
 
     fn shutdown(fd: c_int, how: c_int) -> c_int {
-        lifecycle::shutting_down(fd);
+        if lifecycle::shutting_down(fd) {
+            // What an emptied socket answers.
+            io::set_errno(libc::ENOTCONN);
+            return -1;
+        }
         unsafe { real()(fd, how) }
     }
 
@@ -316,11 +320,13 @@ hooks! {
     }
 
     fn epoll_wait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int) -> c_int {
+        register::about_to_wait_with(epoll);
         polling::wait(milliseconds(timeout), |t| unsafe { real()(epoll, events, count, to_milliseconds(t)) })
     }
 
     fn epoll_pwait(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: c_int,
                    mask: *const sigset_t) -> c_int {
+        register::about_to_wait_with(epoll);
         polling::wait(milliseconds(timeout), |t| unsafe {
             real()(epoll, events, count, to_milliseconds(t), mask)
         })
@@ -353,10 +359,20 @@ hooks! {
     }
 }
 
-/// A descriptor that is new to us: whatever its number meant before is over.
+/// After an fcntl.
+fn controlled(fd: c_int, command: c_int, argument: usize, result: c_int) {
+    match command {
+        libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => lifecycle::duplicated(fd, result),
+        libc::F_SETFL if result == 0 => mode::changed(fd, argument & libc::O_NONBLOCK as usize != 0),
+        _ => {}
+    }
+}
+
+/// A connection that is nothing to us: whatever its number meant before is over.
 fn fresh(fd: c_int) -> c_int {
-    if fd >= 0 {
+    if fd >= 0 && init::active_policy().is_some() {
         crate::conn::forget(fd);
+        fdtable::set(fd, fdtable::Entry::Other);
     }
     fd
 }
@@ -414,6 +430,7 @@ optional_hooks! {
     fn epoll_pwait2(epoll: c_int, events: *mut epoll_event, count: c_int, timeout: *const timespec,
                     mask: *const sigset_t) -> c_int {
         let Some(real) = real() else { return missing() };
+        register::about_to_wait_with(epoll);
         polling::wait(unsafe { from_timespec(timeout) }, |t| {
             let t = t.map(to_timespec);
             unsafe { real(epoll, events, count, t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref), mask) }
@@ -440,17 +457,22 @@ optional_hooks! {
     fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
         let Some(real) = real() else { return missing() };
         let result = unsafe { real(fd, command, argument) };
-        if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
-            lifecycle::duplicated(fd, result);
-        }
+        controlled(fd, command, argument.addr(), result);
         result
     }
 
     fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
         let Some(real) = real() else { return missing() };
         let result = unsafe { real(fd, command, argument) };
-        if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
-            lifecycle::duplicated(fd, result);
+        controlled(fd, command, argument.addr(), result);
+        result
+    }
+
+    fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+        let Some(real) = real() else { return missing() };
+        let result = unsafe { real(fd, request, argument) };
+        if request == libc::FIONBIO && result == 0 {
+            mode::changed(fd, unsafe { argument.cast::<c_int>().read_unaligned() } != 0);
         }
         result
     }
@@ -461,9 +483,16 @@ optional_hooks! {
             io::set_errno(libc::EBADF);
             return -1;
         }
-        match real() {
-            Some(real) => unsafe { real(number, a, b, c, d, e, f) },
-            None => missing::<i8>().into(),
+        let Some(real) = real() else { return missing::<i8>().into() };
+        let result = unsafe { real(number, a, b, c, d, e, f) };
+        match number {
+            libc::SYS_fcntl => controlled(a as c_int, b as c_int, c as usize, result as c_int),
+            libc::SYS_ioctl if b == libc::FIONBIO && result == 0 => {
+                mode::changed(a as c_int, unsafe { (c as *const c_int).read_unaligned() } != 0);
+            }
+            libc::SYS_io_uring_setup if result >= 0 => lifecycle::ring_made(),
+            _ => {}
         }
+        result
     }
 }

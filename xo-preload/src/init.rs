@@ -10,7 +10,7 @@ use once_cell::race::OnceBox;
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{conn, daemon, fdtable, hooks, log, spawn};
+use crate::{conn, daemon, fdtable, hooks, log, mode, spawn};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
@@ -43,7 +43,12 @@ extern "C" fn constructor() {
     }
     let socket = env::var_os("XO_SOCKET").unwrap_or_else(|| OsString::from(DEFAULT_SOCKET));
     spawn::remember(is_set("XO_INSECURE"));
-    let ready = fdtable::start() && conn::start() && daemon::start(PathBuf::from(socket));
+    let ready = fdtable::start() && conn::start() && mode::start() && daemon::start(PathBuf::from(socket));
+    if ready {
+        daemon::process();
+        // SAFETY: a function of ours, which is never unloaded.
+        unsafe { libc::pthread_atfork(None, None, Some(daemon::forked)) };
+    }
     ACTIVE.store(ready, Ordering::Release);
 }
 

@@ -1,7 +1,6 @@
 //! Reading and writing on followed connections.
 
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::atomic::{Ordering, fence};
 
 use libc::{c_int, iovec};
 use xo_proto::http::{Limit, Progress};
@@ -18,14 +17,16 @@ const MAX_PIECES: usize = 64;
 /// A chunked body is looked at in pieces of this size, bytes.
 const PEEK: usize = 4096;
 /// Flags with which a read is something else than reading the stream.
-const FOREIGN: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE | libc::MSG_TRUNC;
+const BESIDE: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE;
 
-/// The followed connection behind a descriptor.
+/// The followed connection behind a descriptor. One that is left alone is still followed while a hand-off is under way,
+/// and when it is over and the connection gone.
 #[inline]
 pub(crate) fn followed(fd: c_int) -> Option<(u32, &'static Conn)> {
     match fdtable::get(fd) {
         fdtable::Entry::Connection(index) => {
-            conn::get(index).filter(|c| c.kind() == Kind::Tracked).map(|c| (index, c))
+            let is_followed = |c: &&Conn| c.kind() == Kind::Tracked || c.asked.load(Ordering::Relaxed);
+            conn::get(index).filter(is_followed).map(|c| (index, c))
         }
         _ => None,
     }
@@ -47,17 +48,19 @@ pub(crate) fn read(
     mut call: impl FnMut(&[iovec]) -> isize,
 ) -> isize {
     let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
-    if want == 0 || flags & FOREIGN != 0 {
+    if want == 0 || flags & BESIDE != 0 {
         return call(pieces);
     }
+    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
+    let peeking = flags & libc::MSG_PEEK != 0;
     let Some(mut half) = conn.read() else {
         conn.abandon(Reason::Shared);
-        return call(pieces);
+        fence(Ordering::SeqCst);
+        return await_other(fd, index, conn, nonblocking).unwrap_or_else(|| call(pieces));
     };
-    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || raw::is_nonblocking(fd);
     let mut alone = false;
-    let outcome = boundary::verdict(conn, index, &mut half, nonblocking).or_else(|| {
-        if half.tracker.at_boundary() && flags & libc::MSG_PEEK == 0 {
+    let outcome = boundary::verdict(fd, conn, index, &mut half, nonblocking).or_else(|| {
+        if half.tracker.at_boundary() && !peeking && conn.kind() == Kind::Tracked {
             return match boundary::look(fd, conn, index, &mut half, nonblocking) {
                 Outcome::Read { alone: a } => {
                     alone = a;
@@ -79,11 +82,15 @@ pub(crate) fn read(
     if conn.kind() != Kind::Tracked {
         return call(pieces);
     }
-    let peeking = flags & libc::MSG_PEEK != 0;
     let allowed = match allowance(fd, &half, want, nonblocking) {
         Ok(n) => n,
         Err(result) => return result,
     };
+    if flags & libc::MSG_TRUNC != 0 && !peeking || flags & libc::MSG_WAITALL != 0 && allowed < want {
+        // Bytes thrown away unseen, or more demanded than the request has.
+        conn.abandon(Reason::AmbiguousFraming);
+        return call(pieces);
+    }
     let mut shortened = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
     let pieces = if allowed < want || pieces.len() > MAX_PIECES {
         shorten(pieces, allowed, &mut shortened)
@@ -103,6 +110,26 @@ pub(crate) fn read(
         }
     }
     n
+}
+
+/// Somebody else reads at this moment. If it has asked for a hand-off, nothing may be read before the verdict; `Some`
+/// is what to return.
+fn await_other(fd: c_int, index: u32, conn: &Conn, nonblocking: bool) -> Option<isize> {
+    if !conn.asked.load(Ordering::SeqCst) {
+        return None;
+    }
+    let state = match daemon::slot_state(index) {
+        PENDING if !nonblocking => boundary::await_verdict(index, raw::receive_timeout(fd)),
+        state => state,
+    };
+    match state {
+        GONE => Some(0),
+        PENDING => {
+            set_errno(libc::EAGAIN);
+            Some(-1)
+        }
+        _ => None,
+    }
 }
 
 /// How many bytes may be read without crossing the request's end.
@@ -190,15 +217,16 @@ fn hold_writing(fd: c_int, index: u32, conn: &Conn, flags: c_int) -> Option<isiz
     }
     let mut state = daemon::slot_state(index);
     if state == PENDING {
-        if flags & libc::MSG_DONTWAIT != 0 || raw::is_nonblocking(fd) {
+        if flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd) {
             set_errno(libc::EAGAIN);
             return Some(-1);
         }
-        state = daemon::wait_slot(index, Duration::from_secs(10));
+        state = boundary::await_verdict(index, None);
     }
     if state == GONE {
-        // The emptied socket: the real call gives EPIPE.
-        return None;
+        // What an emptied socket answers; this one may not be emptied yet.
+        set_errno(libc::EPIPE);
+        return Some(-1);
     }
     None
 }

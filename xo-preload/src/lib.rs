@@ -4,9 +4,9 @@
 //! is started, a lock is held across a real call, a panic, a changed result of a call that is not ours to
 //! answer. Our own system calls are made directly (`xo_sys::raw`), so no hook is ever entered from a hook.
 //!
-//! Not hooked on purpose: `ioctl` and F_SETFL (whether a descriptor blocks is asked of the kernel when it
-//! matters), `fork` (a page that the kernel wipes tells a child that it is one), stdio (glibc does not go
-//! through the PLT; a stream over a socket is seen by nobody and the connection never offloaded).
+//! Not hooked on purpose: `fork` (a page that the kernel wipes tells a child that it is one), stdio (glibc does not
+//! go through the PLT; a stream over a socket is seen by nobody and the connection never offloaded). Of `fcntl` and
+//! `ioctl` only what duplicates a descriptor or sets whether it blocks is looked at (`mode.rs`).
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -27,6 +27,7 @@ mod interpose;
 mod io;
 mod lifecycle;
 mod log;
+mod mode;
 mod poll;
 mod register;
 mod spawn;

@@ -1,17 +1,18 @@
 //! listen, close, shutdown, dup.
 
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::c_int;
-use xo_proto::slot::PENDING;
+use xo_proto::slot::{Counter, GONE, PENDING};
 use xo_sys::raw;
 
 use crate::fdtable::{self, Entry};
-use crate::{conn, daemon, hide, init, io, register, spawn};
+use crate::{boundary, conn, daemon, hide, init, io, register, spawn};
 
-/// A shutdown waits this long for a verdict.
-const VERDICT: Duration = Duration::from_secs(1);
+/// The process has made an io_uring.
+static RING: AtomicBool = AtomicBool::new(false);
+/// It has been said.
+static RING_SAID: AtomicBool = AtomicBool::new(false);
 
 /// After a successful listen(): on a tracked port there should be a daemon.
 pub(crate) fn listening(fd: c_int) {
@@ -50,30 +51,51 @@ pub(crate) fn closing_range(first: u32, last: u32) {
 }
 
 fn gone(fd: c_int) {
-    match fdtable::get(fd) {
-        Entry::Connection(_) => conn::forget(fd),
-        // An epoll instance has no entry.
-        Entry::None => register::closing(fd),
-        Entry::Listener(_) | Entry::Other => {
-            register::closing(fd);
-            conn::forget(fd);
-        }
+    let entry = fdtable::get(fd);
+    // Most descriptors are nothing to us. An epoll instance may have no entry.
+    if (entry == Entry::None && !register::knows(fd)) || daemon::is_borrowed() {
+        return;
     }
+    if !matches!(entry, Entry::Connection(_)) {
+        register::closing(fd);
+    }
+    conn::forget(fd);
 }
 
-/// Before a shutdown: in the middle of a hand-off it would send a FIN from a socket in repair mode.
-pub(crate) fn shutting_down(fd: c_int) {
-    if let Some((index, conn)) = io::followed(fd)
-        && conn.asked.load(Ordering::Acquire)
-        && daemon::slot_state(index) == PENDING
-    {
-        daemon::wait_slot(index, VERDICT);
+/// Before a shutdown. `true`: the connection is elsewhere, leave the socket alone. It may not be emptied yet, and a
+/// FIN from it would end the connection under the target's hands.
+pub(crate) fn shutting_down(fd: c_int) -> bool {
+    let Some((index, conn)) = io::followed(fd) else { return false };
+    if !conn.asked.load(Ordering::Acquire) {
+        return false;
+    }
+    match daemon::slot_state(index) {
+        PENDING => boundary::await_verdict(index, None) == GONE,
+        state => state == GONE,
     }
 }
 
 /// After a successful dup.
 pub(crate) fn duplicated(old: c_int, new: c_int) {
-    if new >= 0 && old != new && (fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None) {
+    let concerns = || fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None;
+    if new >= 0 && old != new && concerns() && !daemon::is_borrowed() {
         conn::share(old, new);
+    }
+}
+
+/// The process has made an io_uring: what it does through it is seen by nobody.
+pub(crate) fn ring_made() {
+    RING.store(true, Ordering::Relaxed);
+    if conn::all().next().is_some() {
+        tracking();
+    }
+}
+
+/// The process has a followed connection.
+#[inline]
+pub(crate) fn tracking() {
+    if RING.load(Ordering::Relaxed) && !RING_SAID.swap(true, Ordering::AcqRel) {
+        log::warn!("this process uses io_uring: what it reads and writes through it cannot be followed");
+        daemon::count(Counter::IoUring as usize);
     }
 }

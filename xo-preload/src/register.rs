@@ -3,9 +3,14 @@
 //! A server that waits with epoll gets one more socket in its epoll, under the listening socket's data: it
 //! takes an event there for one on the listening socket, and calls accept. Other servers are woken by a
 //! loopback connection, whose place the restored one takes.
+//!
+//! An epoll that holds nothing but listening sockets is that of a server with one process for each connection
+//! (Apache prefork): while a process serves one it does not wait, so a delivery to it would wait with it. A wake-up
+//! is accepted by whichever process is idle. Event-driven servers always have something else in their epoll, at the
+//! latest the first connection.
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use libc::{c_int, epoll_event};
 use xo_proto::ipc::Deliver;
@@ -13,7 +18,7 @@ use xo_sys::fdpass;
 use xo_sys::raw::{self, Fd, epoll_ctl};
 
 use crate::fdtable::{self, Entry};
-use crate::{accept, daemon};
+use crate::{accept, daemon, init, poll};
 
 /// Most pairs of an epoll instance and a listening socket in it that one process has.
 pub(crate) const REGISTRATIONS: usize = 64;
@@ -40,8 +45,10 @@ static REGISTERED: [Registration; REGISTRATIONS] = [const {
 /// Registrations from here on have never been used.
 static USED: AtomicU32 = AtomicU32::new(0);
 
-/// Listening socket that this process waits for without epoll, once the daemon knows.
-static WAKER: AtomicI32 = AtomicI32::new(-1);
+/// Listening sockets that this process is to be woken for, once the daemon knows; -1 for none.
+static WAKERS: [AtomicI32; 16] = [const { AtomicI32::new(-1) }; 16];
+/// Some registration has neither a channel nor a waker.
+static UNSETTLED: AtomicBool = AtomicBool::new(false);
 
 fn used() -> impl Iterator<Item = &'static Registration> {
     REGISTERED.iter().take(USED.load(Ordering::Acquire) as usize)
@@ -50,6 +57,9 @@ fn used() -> impl Iterator<Item = &'static Registration> {
 /// The server has changed what it waits for; called after the real epoll_ctl has worked.
 pub(crate) fn epoll_changed(epoll: c_int, operation: c_int, fd: c_int, event: Option<&epoll_event>) {
     if accept::tracked_port_if_listening(fd).is_none() {
+        if operation == libc::EPOLL_CTL_ADD && matches!(fdtable::get(epoll), Entry::None | Entry::Other) {
+            holds_others(epoll, fd);
+        }
         return;
     }
     // First, because a child forgets its parent's registrations when it opens its own channel.
@@ -64,10 +74,44 @@ pub(crate) fn epoll_changed(epoll: c_int, operation: c_int, fd: c_int, event: Op
             r.epoll.store(epoll, Ordering::Relaxed);
             r.events.store(event.events, Ordering::Relaxed);
             r.data.store(event.u64, Ordering::Relaxed);
-            r.announce();
+            r.settle();
         }
         (libc::EPOLL_CTL_DEL, _) => known.into_iter().for_each(Registration::pause),
         _ => {}
+    }
+}
+
+/// The server waits in this epoll for something that may be no listening socket.
+fn holds_others(epoll: c_int, fd: c_int) {
+    if init::active_policy().is_none() || raw::is_listening(fd) {
+        return;
+    }
+    fdtable::set(epoll, Entry::Epoll);
+    for r in used().filter(|r| r.epoll.load(Ordering::Relaxed) == epoll) {
+        r.settle();
+    }
+}
+
+/// Before a wait with this epoll: is there a listening socket in it for which the process is to be woken?
+#[inline]
+pub(crate) fn about_to_wait_with(epoll: c_int) {
+    if UNSETTLED.load(Ordering::Relaxed) {
+        settle_with(epoll);
+    }
+}
+
+#[cold]
+fn settle_with(epoll: c_int) {
+    UNSETTLED.store(false, Ordering::Relaxed);
+    for r in used().filter(|r| r.listener.load(Ordering::Acquire) >= 0) {
+        if r.channel.load(Ordering::Acquire) >= 0 {
+            continue;
+        }
+        if r.epoll.load(Ordering::Relaxed) == epoll {
+            waker(r.listener.load(Ordering::Relaxed));
+        } else {
+            UNSETTLED.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -80,6 +124,15 @@ fn claim(listener: c_int) -> Option<&'static Registration> {
 }
 
 impl Registration {
+    /// A channel, if the server also waits for other things here; else a waker, when it comes to wait.
+    fn settle(&self) {
+        if fdtable::get(self.epoll.load(Ordering::Relaxed)) == Entry::Epoll {
+            self.announce();
+        } else {
+            UNSETTLED.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Makes the pair and tells the daemon; with a pair, follows what the server waits for.
     fn announce(&self) {
         let wanted = self.events.load(Ordering::Relaxed);
@@ -143,15 +196,24 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
         match daemon::receive_delivery(channel) {
             daemon::Delivery::One(deliver, fd) => return Some((deliver, fd)),
             daemon::Delivery::Nothing => {}
-            daemon::Delivery::End => r.hang_up(),
+            daemon::Delivery::End => {
+                r.hang_up();
+                poll::look_soon();
+            }
         }
     }
     None
 }
 
+/// Has the server something registered under this number?
+pub(crate) fn knows(fd: c_int) -> bool {
+    USED.load(Ordering::Relaxed) != 0
+        && used().any(|r| r.listener.load(Ordering::Acquire) == fd || r.epoll.load(Ordering::Relaxed) == fd)
+}
+
 /// A descriptor is being closed: what was registered with it ends.
 pub(crate) fn closing(fd: c_int) {
-    if USED.load(Ordering::Relaxed) == 0 || !daemon::is_ours() {
+    if !daemon::is_ours() {
         return;
     }
     for r in used() {
@@ -159,7 +221,9 @@ pub(crate) fn closing(fd: c_int) {
             r.end();
         }
     }
-    let _ = WAKER.compare_exchange(fd, -1, Ordering::AcqRel, Ordering::Relaxed);
+    for w in &WAKERS {
+        let _ = w.compare_exchange(fd, -1, Ordering::AcqRel, Ordering::Relaxed);
+    }
 }
 
 /// Our descriptors in servers' epolls; -1 for none.
@@ -171,13 +235,19 @@ pub(crate) fn descriptors() -> impl Iterator<Item = c_int> {
 pub(crate) fn announce_again() {
     for r in used() {
         if r.listener.load(Ordering::Acquire) >= 0 && r.epoll.load(Ordering::Relaxed) >= 0 {
-            r.announce();
+            r.settle();
         }
     }
-    let waker = WAKER.load(Ordering::Acquire);
-    if waker >= 0 {
-        daemon::register(&[waker], false);
+    for fd in WAKERS.iter().map(|w| w.load(Ordering::Acquire)).filter(|fd| *fd >= 0) {
+        daemon::register(&[fd], false);
     }
+}
+
+/// Registrations whose channel has ended while the daemon has not.
+pub(crate) fn announce_lost() {
+    let lost =
+        |r: &&Registration| r.listener.load(Ordering::Acquire) >= 0 && r.channel.load(Ordering::Acquire) < 0;
+    used().filter(lost).for_each(Registration::settle);
 }
 
 /// In a child: its parent's registrations are not its own, only copies of their descriptors.
@@ -187,16 +257,29 @@ pub(crate) fn forget() {
         r.epoll.store(-1, Ordering::Relaxed);
         r.listener.store(-1, Ordering::Release);
     }
-    WAKER.store(-1, Ordering::Release);
+    WAKERS.iter().for_each(|w| w.store(-1, Ordering::Release));
+}
+
+fn has_channel(listener: c_int) -> bool {
+    used().any(|r| r.listener.load(Ordering::Relaxed) == listener && r.channel.load(Ordering::Acquire) >= 0)
 }
 
 /// The server is about to wait for a tracked listening socket without epoll.
 pub(crate) fn waker(listener: c_int) {
-    let known = || WAKER.load(Ordering::Acquire) == listener && daemon::is_open();
-    let by_epoll = || used().any(|r| r.listener.load(Ordering::Relaxed) == listener);
-    if !known() && daemon::open() && !by_epoll() && WAKER.swap(listener, Ordering::AcqRel) != listener {
+    let known = || WAKERS.iter().any(|w| w.load(Ordering::Acquire) == listener);
+    if (known() && daemon::is_open()) || !daemon::open() || has_channel(listener) || known() {
+        return;
+    }
+    let claim = |w: &AtomicI32| w.compare_exchange(-1, listener, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    if WAKERS.iter().any(claim) {
         daemon::register(&[listener], false);
     }
+}
+
+/// May a wake-up connection come out of this listening socket? A process without a channel cannot tell from its
+/// slot table: the wake-up may be older than its acquaintance with the daemon.
+pub(crate) fn may_be_woken(listener: c_int) -> bool {
+    !has_channel(listener)
 }
 
 /// Before poll or select: is a tracked listening socket among these?

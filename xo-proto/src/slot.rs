@@ -29,6 +29,8 @@ pub enum Counter {
     Asked,
     /// Restored connections that came out of `accept`.
     Delivered,
+    /// Processes that use io_uring, through which connections cannot be followed.
+    IoUring,
 }
 
 /// State word of a slot: not in use.
@@ -71,6 +73,6 @@ mod tests {
         for w in [FREE, PENDING, GONE, STAY + ALL.len() as u32] {
             assert_eq!(stay_reason(w), None);
         }
-        const { assert!((Counter::Delivered as usize) < COUNTERS) };
+        const { assert!((Counter::IoUring as usize) < COUNTERS) };
     }
 }

@@ -185,6 +185,17 @@ pub fn map_private(size: usize) -> io::Result<*mut u8> {
         .map(|a| a as *mut u8)
 }
 
+/// A page of zeroes that a process has in common with its children.
+///
+/// # Errors
+/// Of mmap(2).
+pub fn map_common() -> io::Result<*mut u8> {
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    sys!(libc::SYS_mmap, 0, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1_isize, 0)
+        .map(|a| a as *mut u8)
+}
+
 /// A page that reads as zero in a child after fork (`MADV_WIPEONFORK`, Linux 4.14).
 ///
 /// # Errors
@@ -251,6 +262,24 @@ pub fn peek(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
     sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)
 }
 
+/// sched_yield(2).
+pub fn yield_processor() {
+    // SAFETY: no arguments.
+    let _ = sys!(libc::SYS_sched_yield);
+}
+
+/// As [`peek`], into memory that need not be cleared first; what was read.
+///
+/// # Errors
+/// The kernel's.
+pub fn peek_into(fd: RawFd, buffer: &mut [std::mem::MaybeUninit<u8>], flags: i32) -> io::Result<&[u8]> {
+    let flags = flags | libc::MSG_PEEK;
+    // SAFETY: pointer and length describe `buffer`.
+    let n = sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)?;
+    // SAFETY: the kernel has written the first `n` bytes, and writes no more than there is room for.
+    Ok(unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast(), n.min(buffer.len())) })
+}
+
 /// Bytes that wait in the receive queue (FIONREAD).
 #[must_use]
 pub fn readable_bytes(fd: RawFd) -> usize {
@@ -258,6 +287,24 @@ pub fn readable_bytes(fd: RawFd) -> usize {
     // SAFETY: the number lives through the call and may be written.
     let _ = sys!(libc::SYS_ioctl, fd, libc::FIONREAD, &raw mut n);
     n.max(0) as usize
+}
+
+/// How long a blocking read waits at most (SO_RCVTIMEO); `None`: for ever.
+#[must_use]
+pub fn receive_timeout(fd: RawFd) -> Option<Duration> {
+    let mut t = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &mut t).ok()?;
+    let timeout = Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    (!timeout.is_zero()).then_some(timeout)
+}
+
+/// Is the other end of a socket gone (end of file waits, or an error)?
+#[must_use]
+pub fn is_hung_up(fd: RawFd) -> bool {
+    match peek(fd, &mut [0], libc::MSG_DONTWAIT) {
+        Ok(n) => n == 0,
+        Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+    }
 }
 
 /// Waits until the descriptor is readable, or the time is over.
@@ -301,6 +348,13 @@ pub fn local_address(fd: RawFd) -> io::Result<(std::net::SocketAddr, bool)> {
 /// As [`local_address`].
 pub fn peer_address(fd: RawFd) -> io::Result<(std::net::SocketAddr, bool)> {
     crate::tcp_repair::address_of(fd, libc::SYS_getpeername)
+}
+
+/// getpid(2).
+#[must_use]
+pub fn process() -> u32 {
+    // SAFETY: no arguments.
+    sys!(libc::SYS_getpid).map_or(0, |id| id as u32)
 }
 
 /// geteuid(2).

@@ -56,6 +56,12 @@ impl Counters {
         self.0.iter().filter(|(full, _)| is_it(full)).map(|(_, value)| value).sum()
     }
 
+    /// One counter of one node.
+    #[must_use]
+    pub fn get_on(&self, node: &str, name: &str) -> i64 {
+        self.0.get(&format!("{node} {name}")).copied().unwrap_or_default()
+    }
+
     /// Resets sent.
     #[must_use]
     pub fn resets(&self) -> i64 {

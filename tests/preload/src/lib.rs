@@ -9,6 +9,7 @@ pub mod content;
 pub mod counters;
 pub mod framer;
 pub mod hostile;
+pub mod kinds;
 pub mod load;
 pub mod plain;
 pub mod program;

@@ -162,7 +162,7 @@ impl Bed {
              http {{ access_log off; sendfile on; keepalive_requests 1000000; keepalive_timeout 60s;\n\
              client_body_temp_path {directory}/{node}-body; client_max_body_size 100m;\n\
              server {{ listen 80; listen [::]:80; root {}; add_header X-Node {node} always;\n\
-             location ~ ^/(up|put)/ {{ dav_methods PUT DELETE; }} }} }}\n",
+             location ~ ^/(upo?|put)/ {{ dav_methods PUT DELETE; }} }} }}\n",
             error_log.display(),
             root.display(),
         );
