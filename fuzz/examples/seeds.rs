@@ -5,12 +5,12 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use xo_proto::conn::{ConnRecord, SockOptions, TcpState, Timestamps, Window};
+use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window};
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, encode_local, encode_peer};
-use xo_proto::ipc::{Deliver, FromDaemon, Offload, Query, ToDaemon};
+use xo_proto::ipc::{self, Deliver, FromDaemon, Offload, ToDaemon};
 use xo_proto::reason::Reason;
 use xo_proto::wire::{
-    BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Refuse, TargetReady, VERSION,
+    BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Ping, Query, Refuse, TargetReady, VERSION,
 };
 
 const REQUESTS: [&str; 6] = [
@@ -39,14 +39,18 @@ const POLICIES: [&str; 3] = [
 ];
 
 /// Each byte is something that happens; see the target.
-const HANDOFFS: [&[u8]; 5] = [
-    // Everything goes well.
-    &[0x00, 0x02, 0x05, 0x02, 0x05, 0x0c, 0x05, 0x02],
-    // The target cannot restore; is late; the host's socket moved; the channel breaks after the flip.
-    &[0x00, 0x1d, 0x02, 0x05],
-    &[0x00, 0x02, 0x08, 0x05, 0x09],
-    &[0x00, 0x02, 0xf5, 0x02],
-    &[0x00, 0x02, 0x05, 0x0a, 0x09, 0x0b, 0x02, 0x05],
+/// The order, then each byte is something that happens; see the target.
+const HANDOFFS: [&[u8]; 7] = [
+    // Everything goes well, strict and early.
+    &[0, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
+    &[1, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
+    // The target cannot restore; is late; the channel breaks after the flip.
+    &[0, 0x00, 0x1d, 0x02, 0x04],
+    &[0, 0x00, 0x02, 0x08, 0x04, 0x09],
+    &[0, 0x00, 0x02, 0x04, 0x0a, 0x09, 0x0b, 0x02, 0x04],
+    // The answer is late, and asked for; the channel breaks before it.
+    &[1, 0x00, 0x02, 0x47, 0x08, 0x02, 0x04, 0x04, 0x02, 0x04],
+    &[1, 0x00, 0x02, 0x0a, 0x47, 0x0b, 0xf7, 0x0e, 0x02, 0x04],
 ];
 
 fn peer_messages() -> Vec<PeerMessage> {
@@ -66,7 +70,8 @@ fn peer_messages() -> Vec<PeerMessage> {
         window: Window { snd_wl1: 4, snd_wnd: 5, max_window: 6, rcv_wnd: 7, rcv_wup: 8 },
     };
     let options = SockOptions { congestion: "cubic".into(), nodelay: true, ..SockOptions::default() };
-    let record = ConnRecord { client: address, local, tcp, options };
+    let record =
+        ConnRecord { client: address, local, tcp, buffers: Buffers { rcvbuf: 9, sndbuf: 10, lock: 1 } };
     let hello = Hello {
         magic: MAGIC,
         version: VERSION,
@@ -76,13 +81,29 @@ fn peer_messages() -> Vec<PeerMessage> {
     };
     vec![
         PeerMessage::Hello(hello),
-        PeerMessage::BeginOffload(BeginOffload { id: 1, handler: "web".into(), record, elapsed_ns: 2 }),
-        PeerMessage::TargetReady(TargetReady { id: 1, local, restore_ns: 2, rewrite_ns: 3, total_ns: 4 }),
+        PeerMessage::BeginOffload(BeginOffload {
+            id: 1,
+            handler: "web".into(),
+            record,
+            elapsed_ns: 2,
+            start: true,
+            sent_ns: 3,
+        }),
+        PeerMessage::TargetReady(TargetReady {
+            id: 1,
+            local,
+            restore_ns: 2,
+            rewrite_ns: 3,
+            total_ns: 4,
+            started_ns: Some(5),
+        }),
         PeerMessage::Refuse(Refuse { id: 1, reason: Reason::NoHandler, detail: "none".into() }),
-        PeerMessage::HostReady(HostReady { id: 1, elapsed_ns: 2 }),
+        PeerMessage::HostReady(HostReady { id: 1, options: Some(options), elapsed_ns: 2 }),
         PeerMessage::Handed(Handed { id: 1, hand_ns: 2, at_ns: 3 }),
         PeerMessage::Closed(1),
-        PeerMessage::Ping(2),
+        PeerMessage::Ping(Ping { number: 2, sent_ns: 3 }),
+        PeerMessage::Query(Query { id: 1, sent_ns: 2 }),
+        PeerMessage::Abort(1),
     ]
 }
 
@@ -101,7 +122,8 @@ fn local_messages() -> Vec<Vec<u8>> {
         ToDaemon::Offload(offload),
         ToDaemon::Register { epoll: true },
         ToDaemon::Take { wake_port: 5 },
-        ToDaemon::Query(Query::Flows),
+        ToDaemon::Query(ipc::Query::Flows),
+        ToDaemon::Recover { slot: 1, generation: 2 },
     ];
     let from_daemon = [
         FromDaemon::Welcome { version: 1, node: "host".into(), ticket: [7; 16] },
@@ -142,7 +164,11 @@ fn packets() -> Vec<Vec<u8>> {
         packet.extend(tcp);
         packet.extend(b"0123456789");
     }
-    vec![[&[0, 4, 0, 100, 1], &four[..]].concat(), [&[0, 0, 0, 64, 2], &six[..]].concat()]
+    vec![
+        [&[0, 4, 0, 100, 1], &four[..]].concat(),
+        [&[0, 4, 0, 100, 202], b"\x01late".as_slice()].concat(),
+        [&[0, 0, 0, 64, 2], &six[..]].concat(),
+    ]
 }
 
 fn main() {

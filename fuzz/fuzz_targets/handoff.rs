@@ -1,8 +1,9 @@
-//! The two state machines of a hand-off, their drivers, and a channel between them that loses what it likes.
+//! The two state machines of a hand-off, their drivers, the clock, and a channel between them that is slow and loses what
+//! it likes.
 //!
-//! Input: each byte is something that happens. Whatever it is and in which order, the two sockets are never live at the
-//! same time, each verdict is given once, nothing is done to a socket that is not there. When all is quiet again, the
-//! connection is in one place, or the client has been told that it is lost.
+//! Input: a byte for the order, then each byte is something that happens. Whatever it is and in which order, the two
+//! sockets are never live at the same time, each verdict is given once, nothing is done to a socket that is not there.
+//! When all is quiet again, the connection is in one place, or the client has been told that it is lost.
 #![no_main]
 
 use std::collections::VecDeque;
@@ -10,9 +11,17 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use libfuzzer_sys::fuzz_target;
 use xo_proto::handoff::{
-    Host, HostAction, HostEvent, HostState, Target, TargetAction, TargetEvent, TargetState,
+    Host, HostAction, HostEvent, HostState, LIMITS, Target, TargetAction, TargetEvent, TargetState,
 };
 use xo_proto::reason::Reason;
+
+/// A message that took as long is not fresh, however slow the fastest sample was.
+const UNDER_WAY: u64 = (LIMITS.fresh.as_millis() + LIMITS.sample.as_millis()) as u64;
+/// Each question that arrives keeps an unconfirmed connection alive for so long. So the driver must not ask when that
+/// may outlast its doubt: the state machine, which has no clock, leaves this to it.
+const FENCE: u64 = LIMITS.fence.as_millis() as u64;
+/// The target's timers are late by so much at the most.
+const LATE: u64 = 25;
 
 /// A socket of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +46,7 @@ enum Flow {
 #[derive(Clone, Copy, Debug)]
 enum ToTarget {
     Begin,
+    Query,
     HostReady,
     Abort,
     ClosedAck,
@@ -44,7 +54,7 @@ enum ToTarget {
 
 #[derive(Clone, Copy, Debug)]
 enum ToHost {
-    Ready,
+    Ready { started: bool },
     Refuse(Reason),
     Handed,
     Closed,
@@ -67,16 +77,29 @@ struct World {
     /// The target stopped to wait for `CLOSED_ACK`.
     impatient: bool,
     connected: bool,
-    to_target: VecDeque<ToTarget>,
-    to_host: VecDeque<ToHost>,
-    /// Bits that say what fails next.
-    failures: u32,
+    /// With the time of sending.
+    to_target: VecDeque<(u64, ToTarget)>,
+    to_host: VecDeque<(u64, ToHost)>,
+    /// The handler never starts early.
+    exec: bool,
+    /// The target has refused a hand-off that it had not seen.
+    refused: bool,
+    /// The client's packets have reached the target.
+    redirected: bool,
+    /// Milliseconds.
+    now: u64,
+    /// When the host asked last, when its doubt ends, when the target's fence does.
+    asked: u64,
+    doubt: Option<u64>,
+    fence: Option<u64>,
+    /// Bits that say what fails, or is otherwise unusual, next.
+    coins: u32,
 }
 
 impl World {
-    fn new() -> World {
+    fn new(order: u8) -> World {
         World {
-            host: Some(Host::default()),
+            host: Some(Host::new(order & 1 == 1)),
             target: None,
             begun: false,
             host_socket: Socket::Live,
@@ -90,14 +113,25 @@ impl World {
             connected: true,
             to_target: VecDeque::new(),
             to_host: VecDeque::new(),
-            failures: 0,
+            exec: order & 2 == 2,
+            refused: false,
+            redirected: false,
+            now: 0,
+            asked: 0,
+            doubt: None,
+            fence: None,
+            coins: 0,
         }
     }
 
+    fn coin(&mut self) -> bool {
+        let coin = self.coins & 1 == 1;
+        self.coins >>= 1;
+        coin
+    }
+
     fn works(&mut self) -> Result<(), Reason> {
-        let fails = self.failures & 1 == 1;
-        self.failures >>= 1;
-        if fails { Err(Reason::RestoreFailed) } else { Ok(()) }
+        if self.coin() { Err(Reason::RestoreFailed) } else { Ok(()) }
     }
 
     fn host_event(&mut self, event: HostEvent) {
@@ -139,22 +173,29 @@ impl World {
             }
             HostAction::SendBegin => {
                 assert!(!self.begun, "begun twice");
-                self.begun = true;
+                (self.begun, self.asked) = (true, self.now);
                 self.tell_target(ToTarget::Begin);
             }
+            HostAction::SendQuery => {
+                if self.doubt.is_none_or(|end| self.now + UNDER_WAY + FENCE + 2 * LATE < end) {
+                    self.asked = self.now;
+                    self.tell_target(ToTarget::Query);
+                }
+            }
+            HostAction::ArmDoubt => self.doubt = Some(self.asked + LIMITS.doubt.as_millis() as u64),
             HostAction::Redirect(_) => {
                 assert_eq!((self.flow, self.host_socket), (Flow::Held, Socket::Quiet));
                 if self.works().is_err() {
                     return Some(HostEvent::RedirectFailed);
                 }
-                self.flow = Flow::Redirected;
+                (self.flow, self.redirected) = (Flow::Redirected, true);
             }
             HostAction::SendHostReady => {
                 assert_eq!(self.flow, Flow::Redirected);
                 self.tell_target(ToTarget::HostReady);
             }
             HostAction::Vacate => {
-                assert_eq!((self.flow, self.host_socket), (Flow::Redirected, Socket::Quiet));
+                assert_eq!(self.host_socket, Socket::Quiet);
                 self.host_socket = Socket::Over;
                 self.verdicts += 1;
             }
@@ -176,12 +217,11 @@ impl World {
                 self.verdicts += 1;
             }
             HostAction::Reset => {
-                assert_eq!((self.flow, self.host_socket), (Flow::Redirected, Socket::Over));
-                self.flow = Flow::Local;
-                self.reset = true;
+                assert!(self.flow != Flow::Local && self.host_socket == Socket::Over);
+                (self.flow, self.reset) = (Flow::Local, true);
             }
             HostAction::RemoveRedirect => {
-                assert_eq!(self.flow, Flow::Redirected);
+                assert!(self.flow != Flow::Local && self.host_socket == Socket::Over);
                 self.flow = Flow::Local;
             }
             HostAction::SendClosedAck => self.tell_target(ToTarget::ClosedAck),
@@ -220,7 +260,16 @@ impl World {
             }
             TargetAction::SendReady => {
                 assert_eq!(self.target_socket, Socket::Quiet);
-                self.tell_host(ToHost::Ready);
+                self.tell_host(ToHost::Ready { started: false });
+            }
+            TargetAction::SendStarted => {
+                self.fence = Some(self.now + FENCE);
+                self.tell_host(ToHost::Ready { started: true });
+            }
+            TargetAction::Keep => assert_ne!(self.target_socket, Socket::Quiet),
+            TargetAction::Withdraw => {
+                assert_eq!((self.target_socket, self.rewrite), (Socket::Live, true));
+                (self.target_socket, self.rewrite) = (Socket::Over, false);
             }
             TargetAction::Refuse(reason) => self.tell_host(ToHost::Refuse(reason)),
             TargetAction::Start => {
@@ -251,43 +300,76 @@ impl World {
 
     fn tell_target(&mut self, message: ToTarget) {
         if self.connected {
-            self.to_target.push_back(message);
+            self.to_target.push_back((self.now, message));
         }
     }
 
     fn tell_host(&mut self, message: ToHost) {
         if self.connected {
-            self.to_host.push_back(message);
+            self.to_host.push_back((self.now, message));
         }
     }
 
     fn deliver_to_target(&mut self) {
-        match self.to_target.pop_front() {
-            Some(ToTarget::Begin) => {
-                self.target.get_or_insert_default();
+        let Some((sent, message)) = self.to_target.pop_front() else { return };
+        let fresh = self.now - sent < UNDER_WAY;
+        match message {
+            ToTarget::Begin if self.refused => {}
+            ToTarget::Begin => {
+                let early = self.host.as_ref().is_some_and(Host::early) && fresh && !self.exec;
+                self.target.get_or_insert_with(|| Target::new(early));
                 self.target_event(TargetEvent::Begin);
             }
-            Some(ToTarget::HostReady) if self.target.is_none() => {
-                self.tell_host(ToHost::Refuse(Reason::PeerLost))
+            ToTarget::Query if self.target.is_none() => {
+                self.refused = true;
+                self.tell_host(ToHost::Refuse(Reason::PeerTimeout));
             }
-            Some(ToTarget::HostReady) => self.target_event(TargetEvent::HostReady),
-            Some(ToTarget::Abort) => self.target_event(TargetEvent::Abort),
-            Some(ToTarget::ClosedAck) => self.target_event(TargetEvent::ClosedAck),
-            None => {}
+            ToTarget::Query if !fresh => {}
+            ToTarget::Query => self.target_event(TargetEvent::Query),
+            ToTarget::HostReady if self.target.is_none() => self.tell_host(ToHost::Refuse(Reason::PeerLost)),
+            ToTarget::HostReady => self.target_event(TargetEvent::HostReady),
+            ToTarget::Abort => self.target_event(TargetEvent::Abort),
+            ToTarget::ClosedAck => self.target_event(TargetEvent::ClosedAck),
         }
     }
 
-    fn deliver_to_host(&mut self, still: bool) {
-        match self.to_host.pop_front() {
-            Some(ToHost::Ready) => {
+    fn deliver_to_host(&mut self) {
+        let Some((_, message)) = self.to_host.pop_front() else { return };
+        match message {
+            ToHost::Ready { .. } if self.host.is_none() => self.tell_target(ToTarget::Abort),
+            ToHost::Ready { started } => {
                 let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 80));
-                self.host_event(HostEvent::TargetReady { local, still });
+                let timely = self.now - self.asked < LIMITS.answer.as_millis() as u64;
+                self.host_event(HostEvent::TargetReady { local, started, timely });
             }
-            Some(ToHost::Refuse(reason)) => self.host_event(HostEvent::Refused(reason)),
-            Some(ToHost::Handed) => self.host_event(HostEvent::Handed),
-            Some(ToHost::Closed) if self.host.is_none() => self.tell_target(ToTarget::ClosedAck),
-            Some(ToHost::Closed) => self.host_event(HostEvent::Closed),
-            None => {}
+            ToHost::Refuse(reason) => self.host_event(HostEvent::Refused(reason)),
+            ToHost::Handed => self.host_event(HostEvent::Handed),
+            ToHost::Closed if self.host.is_none() => self.tell_target(ToTarget::ClosedAck),
+            ToHost::Closed => self.host_event(HostEvent::Closed),
+        }
+    }
+
+    /// Time goes on; the target's fence falls when it is due.
+    fn wait(&mut self, ms: u64) {
+        let end = self.now + ms;
+        while self.now < end {
+            self.now = end.min(self.now + LATE);
+            if self.fence.is_some_and(|due| due <= self.now) {
+                self.fence = None;
+                // Without the redirect nothing that the client sends reaches the target.
+                let acknowledged = self.redirected && self.coin();
+                self.target_event(TargetEvent::Fence { acknowledged });
+            }
+            self.check();
+        }
+    }
+
+    /// The host may come to it later than it is due.
+    fn doubt_over(&mut self) {
+        if self.doubt.is_some_and(|due| due <= self.now) {
+            self.doubt = None;
+            let served = self.target_socket == Socket::Live && self.coin();
+            self.host_event(HostEvent::DoubtOver { served });
         }
     }
 
@@ -302,7 +384,7 @@ impl World {
     fn connect(&mut self) {
         if !self.connected {
             self.connected = true;
-            if self.host_state() == HostState::Redirected {
+            if matches!(self.host_state(), HostState::Redirected | HostState::Doubt) {
                 self.host_event(HostEvent::PeerBack);
             }
             if self.target_state() == Some(TargetState::Closing) {
@@ -341,27 +423,32 @@ impl World {
         match what & 15 {
             0 => self.host_event(HostEvent::Start),
             1 => self.host_event(HostEvent::Hopeless(Reason::PeerUnreachable)),
-            2..=4 => self.deliver_to_target(),
-            5..=7 => self.deliver_to_host(what >> 4 != 15),
+            2 | 3 => self.deliver_to_target(),
+            4 | 5 => self.deliver_to_host(),
+            6 => self.wait(u64::from(what >> 4)),
+            7 => self.wait(u64::from(what >> 4) * 40),
             8 => self.host_event(HostEvent::Deadline),
             9 => self.target_deadline(),
             10 => self.disconnect(),
             11 => self.connect(),
             12 => self.socket_gone(),
-            13 => self.failures = u32::from(what >> 4),
+            13 => self.coins = u32::from(what >> 4),
+            14 => self.doubt_over(),
             // Repeated, or from a peer that is confused.
-            14 => match what >> 4 {
+            _ => match what >> 4 {
                 0 if self.flow == Flow::Redirected => self.tell_target(ToTarget::HostReady),
                 1 if self.target_state() == Some(TargetState::Served) => self.tell_host(ToHost::Handed),
-                0..=2 => {}
-                3 => self.host_event(HostEvent::PeerBack),
-                4 => self.target_event(TargetEvent::PeerBack),
-                5 if self.target_state() != Some(TargetState::Closing) => {
-                    self.target_event(TargetEvent::ClosedAck)
+                2 => self.target_event(TargetEvent::PeerBack),
+                3 if self.target_state() != Some(TargetState::Closing) => {
+                    self.target_event(TargetEvent::ClosedAck);
                 }
-                _ => self.target_event(TargetEvent::Abort),
+                4 => self.target_event(TargetEvent::Abort),
+                // The host never repeats it; in the early order it would keep the connection alive.
+                5 if self.target_state() == Some(TargetState::Ready) => {
+                    self.target_event(TargetEvent::Begin);
+                }
+                _ => {}
             },
-            _ => self.target_event(TargetEvent::Begin),
         }
     }
 
@@ -370,17 +457,18 @@ impl World {
         let live = |s| s == Socket::Live;
         assert!(!(live(self.host_socket) && live(self.target_socket)), "two ends: {self:?}");
         assert!(self.verdicts <= 1 && self.starts <= 1, "twice: {self:?}");
-        assert!(!live(self.target_socket) || self.flow != Flow::Held, "started before the flip: {self:?}");
+        let early = self.target.as_ref().is_some_and(Target::early);
+        assert!(!live(self.target_socket) || self.flow != Flow::Held || early, "before the flip: {self:?}");
     }
 
     /// Nothing more happens but what must.
     fn settle(&mut self) {
-        self.failures = 0;
+        self.coins = 0;
         self.connect();
         for _ in 0..4 {
             while !self.to_target.is_empty() || !self.to_host.is_empty() {
                 self.deliver_to_target();
-                self.deliver_to_host(true);
+                self.deliver_to_host();
             }
             if self.host_state() == HostState::Begun {
                 self.host_event(HostEvent::Deadline);
@@ -388,13 +476,16 @@ impl World {
             if self.target_state() == Some(TargetState::Ready) && self.host_state() != HostState::Redirected {
                 self.target_event(TargetEvent::Deadline);
             }
+            self.wait(1000);
+            self.doubt_over();
         }
     }
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut world = World::new();
-    for what in data {
+    let Some((order, events)) = data.split_first() else { return };
+    let mut world = World::new(*order);
+    for what in events {
         world.happen(*what);
         world.check();
     }
