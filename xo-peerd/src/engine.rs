@@ -222,12 +222,10 @@ impl Engine {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 other => other?,
             }
-            if events.is_empty() {
-                if spinning {
-                    // Others on this core (the peer, perhaps, in a test bed) go first.
-                    std::thread::yield_now();
-                    continue;
-                }
+            if events.is_empty() && spinning {
+                // Others on this core (the peer, perhaps, in a test bed) go first.
+                std::thread::yield_now();
+                continue;
             }
             for event in &events {
                 self.dispatch(event);

@@ -26,6 +26,8 @@ use crate::steer::{SteerError, flow_key};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
 const MAX_QUEUES: usize = 15 << 20;
+/// Most `QUERY`s about one hand-off.
+const MOST_QUESTIONS: u32 = 5;
 /// How long a target that serves a connection, but whose daemon is away, is waited for.
 const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
@@ -63,6 +65,8 @@ pub(crate) struct HostFlow {
     record: Option<Box<ConnRecord>>,
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
     asked: Option<Instant>,
+    /// How often it was asked by `QUERY`.
+    questions: u32,
     /// When this daemon got to know it.
     since: Instant,
     /// Packets held for it, in order of arrival.
@@ -112,6 +116,7 @@ impl HostFlow {
             peer: None,
             record: None,
             asked: None,
+            questions: 0,
             since: Instant::now(),
             held: Vec::new(),
             to: None,
@@ -257,6 +262,12 @@ impl Engine {
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
         self.collect_held();
         let Some(flow) = self.hosted.get(&id) else { return };
+        // What counts is the last question: the target may have kept the connection because of it.
+        if let Some(left) = flow.asked.and_then(|asked| LIMITS.doubt.checked_sub(asked.elapsed()))
+            && !left.is_zero()
+        {
+            return self.at(Instant::now() + left, Timer::HostDoubt(id));
+        }
         let served =
             flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
         if served && flow.since.elapsed() < RESTART_PATIENCE {
@@ -326,7 +337,10 @@ impl Engine {
                 }
             }
             HostAction::Vacate => vacate(flow),
+            // Each question lets the target keep the connection for longer, so there is an end to them.
+            HostAction::SendQuery if flow.questions >= MOST_QUESTIONS => {}
             HostAction::SendQuery => {
+                flow.questions += 1;
                 flow.asked = Some(Instant::now());
                 self.send_about(id, &PeerMessage::Query(Query { id, sent_ns: now_ns() }));
             }

@@ -16,10 +16,6 @@ pub const MAGIC: [u8; 4] = *b"XOP1";
 pub type HandoffId = u64;
 
 /// A message of the peer channel.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one message exists at a time; boxing would cost an allocation"
-)]
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum PeerMessage {
     /// First message in each direction.

@@ -86,7 +86,7 @@ fn early_host_in_doubt_waits_and_asks() {
     assert_eq!((state, actions[2..].to_vec()), (HostState::Done, vec![A::SendAbort, A::Vacate, A::Reset]));
     // An answer that is too old is not acted upon, but asked for again.
     let late = TargetReady { local: local(), started: true, timely: false };
-    assert_eq!(tail(&[late.clone()]), (HostState::Doubt, doubt.to_vec()));
+    assert_eq!(tail(std::slice::from_ref(&late)), (HostState::Doubt, doubt.to_vec()));
     let (state, actions) = tail(&[late.clone(), late, ready(true)]);
     assert_eq!(state, HostState::Redirected);
     assert_eq!(
