@@ -62,8 +62,8 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         && entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
     {
         // The client has closed that connection and uses its port again: a new connection, for the host.
-        let _ = FLOWS.remove(&packet.key);
-        count(Path::Reused);
+        // Counted where it was done, so that user space can tell how many entries are left.
+        count(if FLOWS.remove(&packet.key).is_ok() { Path::Reused } else { Path::IngressMiss });
         return TC_ACT_UNSPEC;
     }
     let closing = if packet.flags & FIN != 0 { FLAG_CLIENT_FIN } else { 0 }

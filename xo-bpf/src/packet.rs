@@ -1,7 +1,9 @@
 //! Finding a packet's flow, and rewriting an address and a port.
 
-use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, __sk_buff};
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{
+    bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes,
+};
 use aya_ebpf::programs::TcContext;
 use xo_bpf_abi::FlowKey;
 
@@ -12,6 +14,8 @@ const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_VLAN: u16 = 0x8100;
 const ETH_P_QINQ: u16 = 0x88a8;
 const PROTOCOL_TCP: u8 = 6;
+/// Without options.
+const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 /// Third word of an IPv4 address in IPv6 clothes.
 const MAPPED: u32 = 0xffff_u32.to_be();
@@ -52,19 +56,24 @@ pub struct Packet {
 
 /// Why a packet has no flow.
 pub enum NoFlow {
-    /// Not TCP over IP.
+    /// Not TCP over IP, or under more than one VLAN tag.
     Foreign,
-    /// A fragment, or truncated.
+    /// A fragment, truncated, or malformed.
     Unparsed,
 }
 
-/// Parses Ethernet, one VLAN tag, IPv4 with options or IPv6, and TCP.
+/// Parses Ethernet, one VLAN tag, IPv4 with options or IPv6, and TCP. The kernel takes the outer tag out of what
+/// comes in: a tag in the frame is then the second one, and `bpf_redirect_neigh` would drop such a packet.
 #[inline(always)]
 pub fn parse(ctx: &TcContext, direction: Direction) -> Result<Packet, NoFlow> {
     let unparsed = |_| NoFlow::Unparsed;
     let mut ip = ETH_HEADER;
     let mut protocol = u16::from_be(ctx.load(12).map_err(unparsed)?);
     if protocol == ETH_P_VLAN || protocol == ETH_P_QINQ {
+        // SAFETY: a field of the program's own context.
+        if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
+            return Err(NoFlow::Foreign);
+        }
         protocol = u16::from_be(ctx.load(16).map_err(unparsed)?);
         ip += VLAN_TAG;
     }
@@ -92,7 +101,7 @@ struct V4 {
 
 #[repr(C)]
 struct V6 {
-    _flow: u32,
+    version_flow: u32,
     _length: u16,
     protocol: u8,
     _hops: u8,
@@ -100,6 +109,7 @@ struct V6 {
     destination: [u32; 4],
 }
 
+/// All of it, though the checksum is not looked at: a packet without it could not be rewritten.
 #[repr(C)]
 struct Tcp {
     source: u16,
@@ -108,6 +118,9 @@ struct Tcp {
     _ack: u32,
     _offset: u8,
     flags: u8,
+    _window: u16,
+    _checksum: u16,
+    _urgent: u16,
 }
 
 #[inline(always)]
@@ -116,11 +129,15 @@ fn parse_v4(ctx: &TcContext, ip: usize, direction: Direction) -> Result<Packet, 
     if header.protocol != PROTOCOL_TCP {
         return Err(NoFlow::Foreign);
     }
+    let length = (header.version_length & 15) as usize * 4;
+    if header.version_length >> 4 != 4 || length < IPV4_HEADER {
+        return Err(NoFlow::Unparsed);
+    }
     // More fragments, or an offset.
     if header.fragment & 0x3fff_u16.to_be() != 0 {
         return Err(NoFlow::Unparsed);
     }
-    let tcp = ip + (header.version_length & 15) as usize * 4;
+    let tcp = ip + length;
     let (source, destination) = ([0, 0, MAPPED, header.source], [0, 0, MAPPED, header.destination]);
     finish(ctx, ip, tcp, false, source, destination, direction)
 }
@@ -131,6 +148,11 @@ fn parse_v6(ctx: &TcContext, ip: usize, direction: Direction) -> Result<Packet, 
     // Extension headers are not steered: such packets pass, as those of another flow would.
     if header.protocol != PROTOCOL_TCP {
         return Err(NoFlow::Foreign);
+    }
+    // A mapped address has no place on the wire, and must not be taken for the IPv4 flow of the same name.
+    let mapped = |a: &[u32; 4]| (a[0] | a[1]) == 0 && a[2] == MAPPED;
+    if u32::from_be(header.version_flow) >> 28 != 6 || mapped(&header.source) || mapped(&header.destination) {
+        return Err(NoFlow::Unparsed);
     }
     finish(ctx, ip, ip + IPV6_HEADER, true, header.source, header.destination, direction)
 }
@@ -166,7 +188,13 @@ fn finish(
 /// Replaces this machine's end of the packet: the destination of what comes from the client, the source of
 /// what goes to it. The checksum helpers know partial checksums and GSO; plain arithmetic does not.
 #[inline(always)]
-pub fn rewrite(ctx: &TcContext, packet: &Packet, direction: Direction, to: &[u32; 4], port: u16) -> Result<(), ()> {
+pub fn rewrite(
+    ctx: &TcContext,
+    packet: &Packet,
+    direction: Direction,
+    to: &[u32; 4],
+    port: u16,
+) -> Result<(), ()> {
     let skb = ctx.skb.skb;
     let checksum = (packet.tcp + TCP_CHECKSUM) as u32;
     let (v4_at, v6_at, port_at) = match direction {

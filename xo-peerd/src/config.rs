@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
@@ -86,15 +87,28 @@ pub(crate) enum HandlerMode {
     },
 }
 
-/// Time limits.
+/// How hand-offs are made.
 #[derive(Clone, Debug)]
 pub(crate) struct Handoff {
+    /// Which order; see `xo_proto::handoff`.
+    pub(crate) order: Order,
     /// From `BEGIN_OFFLOAD` to `TARGET_READY`.
     pub(crate) timeout: Duration,
     /// For a connection to a target that is not connected yet.
     pub(crate) connect_timeout: Duration,
     /// Busy polling after a message while a hand-off is under way.
     pub(crate) spin: Duration,
+}
+
+/// Order of a hand-off's messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Order {
+    /// The target starts at once.
+    #[default]
+    Early,
+    /// The target starts when the host has redirected the flow (the paper's).
+    Strict,
 }
 
 /// Table sizes.
@@ -104,21 +118,24 @@ pub(crate) struct Steering {
     pub(crate) max_flows: u32,
     /// Room for held packets, bytes; a power of two.
     pub(crate) hold_bytes: u32,
+    /// Where programs and maps are pinned, to outlive the daemon; `None`: they end with it.
+    pub(crate) pin_directory: Option<PathBuf>,
 }
 
 impl Default for Handoff {
     fn default() -> Self {
         Handoff {
+            order: Order::default(),
             timeout: Duration::from_millis(100),
             connect_timeout: Duration::from_millis(500),
-            spin: Duration::from_micros(60),
+            spin: Duration::from_micros(250),
         }
     }
 }
 
 impl Default for Steering {
     fn default() -> Self {
-        Steering { max_flows: 65_536, hold_bytes: 4 << 20 }
+        Steering { max_flows: 65_536, hold_bytes: 4 << 20, pin_directory: None }
     }
 }
 
@@ -142,7 +159,9 @@ struct File {
     #[serde(default)]
     handler: Vec<Spanned<FileHandler>>,
     #[serde(default)]
-    handoff: FileHandoff,
+    handoff: Order,
+    #[serde(default)]
+    limits: FileLimits,
     #[serde(default)]
     steering: FileSteering,
 }
@@ -165,7 +184,7 @@ enum Mode {
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
-struct FileHandoff {
+struct FileLimits {
     timeout_ms: Option<u32>,
     connect_timeout_ms: Option<u32>,
     spin_us: Option<u32>,
@@ -176,6 +195,7 @@ struct FileHandoff {
 struct FileSteering {
     max_flows: Option<Spanned<u32>>,
     hold_bytes: Option<Spanned<u32>>,
+    pin_directory: Option<Spanned<PathBuf>>,
 }
 
 impl Config {
@@ -208,7 +228,6 @@ impl Config {
             key: directory.join("node.key"),
         };
         Config {
-            node: node.trim().to_owned(),
             listen: None,
             socket,
             interfaces: Vec::new(),
@@ -219,9 +238,16 @@ impl Config {
             users: Vec::new(),
             handlers: Vec::new(),
             handoff: Handoff::default(),
-            steering: Steering::default(),
+            steering: Steering { pin_directory: default_pins(node.trim()), ..Steering::default() },
+            node: node.trim().to_owned(),
         }
     }
+}
+
+/// Daemons in several network namespaces share one BPF file system.
+fn default_pins(node: &str) -> Option<PathBuf> {
+    let namespace = fs::metadata("/proc/self/ns/net").ok()?.ino();
+    Some(Path::new("/sys/fs/bpf/xo").join(format!("{node}-{namespace}")))
 }
 
 type Fail<'f> = &'f dyn Fn(usize, String) -> ConfigError;
@@ -233,7 +259,7 @@ impl File {
             return Err(fail(self.node.span().start, message));
         }
         for name in &self.interfaces {
-            if !Path::new("/sys/class/net").join(name.get_ref()).exists() {
+            if !is_interface(name.get_ref()) {
                 return Err(fail(name.span().start, format!("no interface `{}`", name.get_ref())));
             }
         }
@@ -251,6 +277,9 @@ impl File {
         let mut handlers = Vec::new();
         for handler in self.handler {
             let (start, handler) = (handler.span().start, handler.into_inner());
+            if handler.name.get_ref().is_empty() {
+                return Err(fail(handler.name.span().start, "a handler has a name".into()));
+            }
             if !names.insert(handler.name.get_ref().clone()) {
                 let message = format!("a second handler `{}`", handler.name.get_ref());
                 return Err(fail(handler.name.span().start, message));
@@ -261,9 +290,11 @@ impl File {
             user_id(name.get_ref())
                 .ok_or_else(|| fail(name.span().start, format!("no user `{}`", name.get_ref())))
         });
+        let node = self.node.into_inner();
+        let steering = self.steering.checked(&node, fail)?;
         Ok(Config {
             users: users.collect::<Result<_, _>>()?,
-            node: self.node.into_inner(),
+            node,
             listen: self.listen,
             socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
@@ -272,8 +303,8 @@ impl File {
             tls: self.tls.map(Spanned::into_inner),
             insecure: self.insecure,
             handlers,
-            handoff: self.handoff.checked(),
-            steering: self.steering.checked(fail)?,
+            handoff: self.limits.checked(self.handoff),
+            steering,
         })
     }
 }
@@ -286,8 +317,7 @@ impl FileHandler {
             (Mode::Exec, None, Some(command)) => {
                 let at = command.span().start;
                 let command = command.into_inner();
-                let program = command.first().map(Path::new);
-                if !program.is_some_and(|p| p.is_absolute() && p.exists()) {
+                if !command.first().is_some_and(|p| is_program(Path::new(p))) {
                     return Err(fail(at, "`command` begins with the absolute path of a program".into()));
                 }
                 HandlerMode::Exec { command }
@@ -302,11 +332,12 @@ impl FileHandler {
     }
 }
 
-impl FileHandoff {
-    fn checked(self) -> Handoff {
+impl FileLimits {
+    fn checked(self, order: Order) -> Handoff {
         let default = Handoff::default();
         let ms = |n: Option<u32>, d| n.map_or(d, |n| Duration::from_millis(n.into()));
         Handoff {
+            order,
             timeout: ms(self.timeout_ms, default.timeout),
             connect_timeout: ms(self.connect_timeout_ms, default.connect_timeout),
             spin: self.spin_us.map_or(default.spin, |n| Duration::from_micros(n.into())),
@@ -315,8 +346,19 @@ impl FileHandoff {
 }
 
 impl FileSteering {
-    fn checked(self, fail: Fail<'_>) -> Result<Steering, ConfigError> {
-        let mut steering = Steering::default();
+    fn checked(self, node: &str, fail: Fail<'_>) -> Result<Steering, ConfigError> {
+        let mut steering = Steering { pin_directory: default_pins(node), ..Steering::default() };
+        if let Some(directory) = self.pin_directory {
+            let at = directory.span().start;
+            steering.pin_directory = match directory.into_inner() {
+                none if none == Path::new("none") => None,
+                path if path.starts_with("/sys/fs/bpf/") => Some(path),
+                path => {
+                    let message = format!("pin_directory {}: \"none\", or below /sys/fs/bpf", path.display());
+                    return Err(fail(at, message));
+                }
+            };
+        }
         if let Some(n) = self.max_flows {
             if *n.get_ref() == 0 {
                 return Err(fail(n.span().start, "max_flows is at least 1".into()));
@@ -358,6 +400,18 @@ fn is_node_name(name: &str) -> bool {
     name.len() <= 253
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.')
         && name.split('.').all(label)
+}
+
+/// Asks the kernel: /sys may be that of another network namespace.
+fn is_interface(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    // SAFETY: a C string, which is only read.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+}
+
+fn is_program(path: &Path) -> bool {
+    let executable = |m: fs::Metadata| m.is_file() && m.permissions().mode() & 0o111 != 0;
+    path.is_absolute() && fs::metadata(path).is_ok_and(executable)
 }
 
 fn user_id(name: &str) -> Option<u32> {

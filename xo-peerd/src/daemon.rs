@@ -1,11 +1,12 @@
 //! Puts the daemon together: interfaces, steering, sockets, then the event loop.
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mio::Poll;
@@ -22,7 +23,9 @@ use crate::engine::{Engine, Parts};
 use crate::links;
 use crate::metrics::Metrics;
 use crate::metrics_http::{self, Published};
+use crate::state::State;
 use crate::steer::Steer;
+use crate::steer::pin::{Pins, Sizes};
 use crate::tls::Tls;
 
 /// Everyone may connect to the socket; who may use it is decided by peer credentials and tickets.
@@ -57,7 +60,18 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
     }
     let mtu = complete_addresses(&mut config)?;
     let features = probe::Features::detect();
-    let steer = Steer::load(&config.interfaces, config.steering.max_flows, config.steering.hold_bytes)?;
+    let _lock = lock(&config.socket)?;
+    let wanted = Sizes { flows: config.steering.max_flows, ring: config.steering.hold_bytes };
+    let pins = config.steering.pin_directory.as_ref().and_then(|directory| {
+        let opened = Pins::open(directory, wanted);
+        opened
+            .inspect_err(|e| {
+                log::warn!("{}: {e}: connections will end with this daemon", directory.display())
+            })
+            .ok()
+    });
+    let steer = Steer::load(&config.interfaces, wanted, pins)?;
+    // Servers that find a socket wait for its answer, so it is there when all else is.
     let ipc_listener = listen_local(&config)?;
     let socket = config.socket.clone();
     let peer_listener = config
@@ -79,6 +93,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
     let mut random = [0_u8; 20];
     fill_random(&mut random)?;
     let (ticket, epoch) = split_random(random);
+    let state = State::load(&socket, ticket).map_err(|e| format!("state of {}: {e}", socket.display()))?;
     log::info!(
         "xo-peerd {} on {}: socket {}, peers {}, interfaces {} ({}), addresses {:?}",
         env!("CARGO_PKG_VERSION"),
@@ -99,7 +114,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         diag: TcpLookup::new()?,
         tls,
         hello,
-        ticket,
+        state,
         // Numbers of an earlier life of this daemon must not be met again.
         first_id: u64::from(epoch) << 32,
         mtu,
@@ -111,7 +126,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
     let mut engine = Engine::new(parts)?;
     if let Some(fd) = options.ready_fd {
         // SAFETY: the starter passes a descriptor for this purpose; nobody else uses it.
-        let mut pipe = fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let mut pipe = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         pipe.write_all(b"1")?;
     }
     let result = engine.run();
@@ -145,10 +160,26 @@ fn complete_addresses(config: &mut Config) -> Result<usize, Box<dyn Error>> {
     Ok(mtu)
 }
 
-fn listen_local(config: &Config) -> Result<Socket, Box<dyn Error>> {
-    if let Some(directory) = config.socket.parent() {
+/// One daemon at a time: whoever has the lock has the pinned maps. It goes with the process.
+fn lock(socket: &Path) -> Result<File, Box<dyn Error>> {
+    if let Some(directory) = socket.parent() {
         fs::create_dir_all(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
     }
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| format!("{}: {e}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(format!("another xo-peerd runs on socket {}", socket.display()).into())
+        }
+        Err(TryLockError::Error(e)) => Err(format!("{}: {e}", path.display()).into()),
+    }
+}
+
+fn listen_local(config: &Config) -> Result<Socket, Box<dyn Error>> {
     let fd = fdpass::listen(&config.socket, SOCKET_MODE)
         .map_err(|e| format!("socket {}: {e}", config.socket.display()))?;
     let socket = Socket::from(OwnedFd::from(fd));

@@ -31,6 +31,12 @@ pub(crate) struct Dial {
     pause: Duration,
 }
 
+impl Dial {
+    fn new(address: SocketAddr, now: Instant) -> Dial {
+        Dial { address, index: None, parked: Vec::new(), give_up: None, not_before: now, pause: FIRST_PAUSE }
+    }
+}
+
 impl Engine {
     /// Starts a hand-off at once if its target is connected; otherwise parks it while the connection is
     /// made, or refuses while the target is known to be away.
@@ -42,14 +48,7 @@ impl Engine {
             return;
         }
         let now = Instant::now();
-        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial {
-            address,
-            index: None,
-            parked: Vec::new(),
-            give_up: None,
-            not_before: now,
-            pause: FIRST_PAUSE,
-        });
+        let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial::new(address, now));
         if dial.index.is_none() {
             if now < dial.not_before {
                 self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
@@ -60,6 +59,14 @@ impl Engine {
         dial.parked.push(id);
         if dial.index.is_none() {
             self.dial(&node);
+        }
+    }
+
+    /// A connection to this node is needed, though no hand-off waits for it.
+    pub(crate) fn want(&mut self, node: &str, address: SocketAddr) {
+        if self.connection_to(node, None).is_none() && !self.dials.contains_key(node) {
+            self.dials.insert(node.to_owned(), Dial::new(address, Instant::now()));
+            self.dial(node);
         }
     }
 
@@ -123,6 +130,11 @@ impl Engine {
     pub(crate) fn peer_up(&mut self, index: usize) {
         let Some(node) = self.node_of(index) else { return };
         log::info!("peer {node}: connected");
+        if let Some(probe) =
+            self.peers.get_mut(index).filter(|p| p.dialled.is_some()).and_then(Peer::next_probe)
+        {
+            self.send_to(index, &probe);
+        }
         if let Some(dial) = self.dials.get_mut(&*node).filter(|d| d.index == Some(index)) {
             dial.give_up = None;
             dial.pause = FIRST_PAUSE;
@@ -130,6 +142,7 @@ impl Engine {
                 self.begin_on(id, index);
             }
         }
+        self.tell_gone(&node);
         self.peer_back(&node);
     }
 }

@@ -17,13 +17,14 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
-use xo_proto::ipc::Ticket;
+use xo_bpf_abi::FlowKey;
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
+use xo_sys::tcp_repair::SpareSockets;
 
-use crate::acceptor::{Acceptor, Waiting, WakeLater};
+use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -32,6 +33,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
 use crate::tls::Tls;
@@ -44,8 +46,13 @@ const KIND_LIBRARY: usize = 1;
 const KIND_PEER: usize = 2;
 const KIND_ACCEPTOR: usize = 3;
 
+/// Sockets of each family that are made in advance.
+const SPARE_SOCKETS: usize = 8;
 /// How often closed connections are looked for.
 const TICK: Duration = Duration::from_millis(50);
+/// How often the peers that we dialled are probed, and how long one may be silent.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 /// An embedded daemon ends when it has served nobody for this long.
 const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
@@ -57,8 +64,12 @@ pub(crate) type ServedKey = (Rc<str>, HandoffId);
 pub(crate) enum Timer {
     /// The target has not answered.
     HostDeadline(HandoffId),
+    /// Early order: the target has certainly given up what it was not confirmed.
+    HostDoubt(HandoffId),
     /// `HOST_READY` or `CLOSED_ACK` has not come.
     TargetDeadline(ServedKey),
+    /// Early order: `HOST_READY` has not come; the number of the question that armed it.
+    TargetFence(ServedKey, u32),
     /// A parked request's peer has not come up, or a back-off is over.
     Dial(String),
     /// Packets may have been held while HOLD became REDIRECT.
@@ -80,7 +91,7 @@ pub(crate) struct Engine {
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
-    pub(crate) ticket: Ticket,
+    pub(crate) state: State,
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
@@ -89,11 +100,18 @@ pub(crate) struct Engine {
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
     pub(crate) served: HashMap<ServedKey, Served>,
+    /// Hand-offs that a host asked about before they came.
+    pub(crate) refused: VecDeque<ServedKey>,
+    /// Connections served here that ended while there was no daemon; their hosts do not know.
+    pub(crate) gone: Vec<(ServedKey, FlowKey)>,
+    /// Deliveries of withdrawn connections, until their processes close them.
+    pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
     pub(crate) wake_later: VecDeque<WakeLater>,
     pub(crate) spawner: Spawner,
+    pub(crate) spare: SpareSockets,
     pub(crate) next_id: HandoffId,
     serials: u64,
     /// Hand-offs whose next message is due at once: busy polling pays.
@@ -105,10 +123,12 @@ pub(crate) struct Engine {
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
-    stopping: bool,
+    /// Told to stop: by then at the latest.
+    pub(crate) stop_by: Option<Instant>,
     idle_since: Instant,
     last_sweep: Instant,
     last_published: Instant,
+    last_probe: Instant,
 }
 
 /// What the daemon is made of; see `daemon.rs`.
@@ -123,7 +143,7 @@ pub(crate) struct Parts {
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
-    pub(crate) ticket: Ticket,
+    pub(crate) state: State,
     pub(crate) first_id: HandoffId,
     pub(crate) mtu: usize,
     pub(crate) ipc_listener: Socket,
@@ -156,7 +176,7 @@ impl Engine {
             diag: parts.diag,
             tls: parts.tls,
             hello: parts.hello,
-            ticket: parts.ticket,
+            state: parts.state,
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
@@ -164,11 +184,15 @@ impl Engine {
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
+            refused: VecDeque::new(),
+            gone: Vec::new(),
+            abandoned: Vec::new(),
             acceptors: Slab::new(),
             next_acceptor: 0,
             waiting: HashMap::new(),
             wake_later: VecDeque::new(),
             spawner: Spawner::start(waker)?,
+            spare: SpareSockets::default(),
             next_id: parts.first_id,
             serials: 0,
             in_flight: 0,
@@ -178,10 +202,11 @@ impl Engine {
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
-            stopping: false,
+            stop_by: None,
             idle_since: now,
             last_sweep: now,
             last_published: now,
+            last_probe: now,
         })
     }
 
@@ -189,7 +214,8 @@ impl Engine {
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut busy_until = Instant::now();
-        while !self.stopping {
+        self.recover();
+        while !self.may_stop() {
             let spinning = self.in_flight > 0 && Instant::now() < busy_until;
             let timeout = if spinning { Some(Duration::ZERO) } else { self.until_next_timer() };
             match self.poll.poll(&mut events, timeout) {
@@ -202,14 +228,19 @@ impl Engine {
                     std::thread::yield_now();
                     continue;
                 }
-            } else {
-                busy_until = Instant::now() + self.config.handoff.spin;
             }
             for event in &events {
                 self.dispatch(event);
             }
+            if !events.is_empty() {
+                busy_until = Instant::now() + self.config.handoff.spin;
+            }
             self.run_timers();
+            if self.in_flight == 0 && self.peer_listener.is_some() {
+                self.spare.refill(SPARE_SOCKETS);
+            }
         }
+        self.leave();
         Ok(())
     }
 
@@ -235,14 +266,7 @@ impl Engine {
     fn on_signal(&mut self) {
         let mut buffer = [0; 16];
         let _ = self.signals.read(&mut buffer);
-        if !self.hosted.is_empty() || !self.served.is_empty() {
-            log::warn!(
-                "stopping with {} connections offloaded from here and {} served here: they end",
-                self.hosted.len(),
-                self.served.len()
-            );
-        }
-        self.stopping = true;
+        self.begin_stop();
     }
 
     /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
@@ -264,7 +288,9 @@ impl Engine {
             let Some(Reverse((_, timer))) = self.timers.pop() else { return };
             match timer {
                 Timer::HostDeadline(id) => self.host_deadline(id),
+                Timer::HostDoubt(id) => self.host_doubt_over(id),
                 Timer::TargetDeadline(key) => self.target_deadline(&key),
+                Timer::TargetFence(key, number) => self.target_fence(&key, number),
                 Timer::Dial(node) => self.dial_timer(&node),
                 Timer::DrainHeld => self.drain_held(),
                 Timer::Waiting(port) => self.waiting_deadline(port),
@@ -275,6 +301,10 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        if now.duration_since(self.last_probe) > PROBE_EVERY {
+            self.last_probe = now;
+            self.probe_peers();
+        }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;
             self.sweep_hosted();
@@ -289,7 +319,7 @@ impl Engine {
             self.idle_since = now;
         } else if self.embedded && now.duration_since(self.idle_since) > EMBEDDED_IDLE {
             log::info!("nobody left to serve: the embedded daemon ends");
-            self.stopping = true;
+            self.stop_by = Some(now);
         }
         self.at(now + TICK, Timer::Tick);
     }
@@ -382,13 +412,39 @@ impl Engine {
             PeerMessage::BeginOffload(begin) => self.on_begin(index, begin),
             PeerMessage::HostReady(ready) => self.on_host_ready(index, &ready),
             PeerMessage::Abort(id) => self.on_abort(index, id),
+            PeerMessage::Query(query) => self.on_query(index, query),
             PeerMessage::ClosedAck(id) => self.on_closed_ack(index, id),
-            PeerMessage::TargetReady(ready) => self.on_target_ready(&ready),
+            PeerMessage::TargetReady(ready) => self.on_target_ready(index, &ready),
             PeerMessage::Refuse(refuse) => self.on_refuse(&refuse),
             PeerMessage::Handed(handed) => self.on_handed(&handed),
             PeerMessage::Closed(id) => self.on_closed(index, id),
-            PeerMessage::Ping(n) => self.send_to(index, &PeerMessage::Pong(n)),
-            PeerMessage::Pong(_) | PeerMessage::Hello(_) => {}
+            PeerMessage::Ping(ping) => {
+                if let Some(peer) = self.peers.get_mut(index) {
+                    // A sample; whether it is late does not matter.
+                    let _ = peer.is_fresh(ping.sent_ns);
+                }
+                self.send_to(index, &PeerMessage::Pong(ping.number));
+            }
+            PeerMessage::Pong(number) => {
+                if let Some(peer) = self.peers.get_mut(index) {
+                    peer.probed(number);
+                }
+            }
+            PeerMessage::Hello(_) => {}
+        }
+    }
+
+    /// Asks the peers that we dialled whether they are there.
+    fn probe_peers(&mut self) {
+        let dialled: Vec<usize> =
+            self.peers.iter().filter(|(_, p)| p.dialled.is_some() && p.usable()).map(|(i, _)| i).collect();
+        for index in dialled {
+            let Some(peer) = self.peers.get_mut(index) else { continue };
+            if peer.silence() > LONGEST_SILENCE {
+                self.peer_failed(index, &PeerError::Silent);
+            } else if let Some(probe) = peer.next_probe() {
+                self.send_to(index, &probe);
+            }
         }
     }
 
@@ -416,6 +472,7 @@ impl Engine {
     fn peer_failed(&mut self, index: usize, error: &PeerError) {
         let Some(mut peer) = self.peers.try_remove(index) else { return };
         let _ = self.poll.registry().deregister(peer.stream());
+        peer.discard_unsent();
         match error {
             PeerError::Closed if peer.usable() => log::info!("peer {}: {error}", peer.name()),
             _ => log::warn!("peer {}: {error}", peer.name()),

@@ -17,6 +17,13 @@ pub(crate) struct HeldPacket {
     gso_size: u16,
 }
 
+impl HeldPacket {
+    /// Does it acknowledge more than this sequence number?
+    pub(crate) fn acknowledges(&self, seq: u32) -> bool {
+        packet::acknowledgement(&self.bytes).is_some_and(|ack| (ack.wrapping_sub(seq) as i32) > 0)
+    }
+}
+
 impl Engine {
     /// Takes what the ring holds; packets of flows that have found their place go there at once.
     pub(crate) fn drain_held(&mut self) {
@@ -59,6 +66,20 @@ impl Engine {
             if news == 0 {
                 return;
             }
+        }
+    }
+
+    /// Sends one finished packet on.
+    pub(crate) fn send_packet(&self, client: SocketAddr, packet: &[u8]) {
+        let mut failed = None;
+        let result = packet::segments(packet, 0, None, self.mtu, &mut |segment| {
+            failed = self.raw.send(segment).err().or(failed.take());
+        });
+        if let Err(e) = result {
+            log::warn!("a packet of {client}: {e}");
+        }
+        if let Some(e) = failed {
+            log::warn!("sending a packet of {client}: {e}");
         }
     }
 

@@ -1,37 +1,51 @@
 //! The host's side of a hand-off: carries out what `xo_proto::handoff::Host` decides.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
-use xo_proto::conn::ConnRecord;
-use xo_proto::handoff::{Host, HostAction, HostEvent, HostState};
+use xo_proto::conn::{ConnRecord, SockOptions};
+use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS};
 use xo_proto::ipc::Offload;
+use xo_proto::packet;
 use xo_proto::reason::Reason;
 use xo_proto::slot;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Refuse, TargetReady};
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
-use xo_sys::tcp_repair;
+use xo_sys::tcp_repair::{self, Ends};
 
 use crate::clock::now_ns;
+use crate::config::Order;
 use crate::engine::{Engine, Timer};
 use crate::held::HeldPacket;
 use crate::metrics::Steps;
+use crate::peer::Peer;
 use crate::steer::{SteerError, flow_key};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
 const MAX_QUEUES: usize = 15 << 20;
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
+/// So has one that has been idle for this long while the target's daemon cannot be reached.
+const AWAY_AFTER: Duration = Duration::from_secs(1800);
+
+/// Where a verdict is to be written: table, slot, generation.
+type Verdict = (Rc<SlotTable>, u32, u32);
+
+fn decide((slots, index, generation): &Verdict, state: u32) {
+    slots.decide(*index, *generation, state);
+}
 
 /// One connection offloaded from here, or about to be.
 pub(crate) struct HostFlow {
     machine: Host,
     /// The server's socket, until it is emptied.
     socket: Option<OwnedFd>,
-    verdict: Option<(Rc<SlotTable>, u32, u32)>,
+    verdict: Option<Verdict>,
+    ends: Ends,
+    options: Option<SockOptions>,
     /// Addresses of the connection.
     pub(crate) client: SocketAddr,
     /// The address the client talks to.
@@ -45,6 +59,10 @@ pub(crate) struct HostFlow {
     handler: String,
     peer: Option<usize>,
     record: Option<Box<ConnRecord>>,
+    /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
+    asked: Option<Instant>,
+    /// When this daemon got to know it.
+    since: Instant,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
     /// Where its packets go, once redirected.
@@ -65,9 +83,40 @@ struct Times {
     restore: u64,
     rewrite: u64,
     at_target: u64,
+    started: Option<u64>,
 }
 
 impl HostFlow {
+    /// A connection about which nothing has been done.
+    pub(crate) fn new(
+        machine: Host,
+        ends: Ends,
+        key: FlowKey,
+        target: String,
+        address: SocketAddr,
+    ) -> HostFlow {
+        HostFlow {
+            machine,
+            socket: None,
+            verdict: None,
+            ends,
+            options: None,
+            client: ends.client,
+            local: ends.local,
+            key,
+            target,
+            address,
+            handler: String::new(),
+            peer: None,
+            record: None,
+            asked: None,
+            since: Instant::now(),
+            held: Vec::new(),
+            to: None,
+            times: Times::default(),
+        }
+    }
+
     /// Where the hand-off stands.
     pub(crate) fn state(&self) -> HostState {
         self.machine.state()
@@ -79,59 +128,91 @@ impl Engine {
     pub(crate) fn on_offload(&mut self, index: usize, offload: Offload, socket: OwnedFd) {
         let received = now_ns();
         let Some(slots) = self.libraries.get(index).and_then(|l| l.slots.clone()) else { return };
-        let socket = TcpStream::from(socket);
-        let addresses = socket.peer_addr().and_then(|c| Ok((c, socket.local_addr()?)));
-        let socket = OwnedFd::from(socket);
-        let Ok((client, local)) = addresses else {
+        let Ok(ends) = tcp_repair::ends(socket.as_raw_fd()) else {
             slots.decide(offload.slot, offload.generation, slot::stay(Reason::NotEstablished));
             let _ = tcp_repair::poke(socket.as_raw_fd());
             return self.metrics.refused(Reason::NotEstablished);
         };
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let flow = HostFlow {
-            machine: Host::default(),
-            socket: Some(socket),
-            verdict: Some((slots, offload.slot, offload.generation)),
-            client: canonical(client),
-            local: canonical(local),
-            key: flow_key(client, local),
-            target: offload.target,
-            address: offload.address,
-            handler: offload.handler,
-            peer: None,
-            record: None,
-            held: Vec::new(),
-            to: None,
-            times: Times { decided: offload.decided_ns, received, ..Times::default() },
-        };
+        let key = flow_key(ends.client, ends.local);
+        let mut flow = HostFlow::new(Host::new(false), ends, key, offload.target, offload.address);
+        flow.handler = offload.handler;
+        flow.socket = Some(socket);
+        flow.verdict = Some((slots, offload.slot, offload.generation));
+        flow.times = Times { decided: offload.decided_ns, received, ..Times::default() };
         self.hosted.insert(id, flow);
+        if self.is_stopping() {
+            return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
+        }
         self.start_when_connected(id);
+    }
+
+    /// A library has a connection whose hand-off an earlier daemon did not finish.
+    pub(crate) fn on_recover(&mut self, index: usize, slot: u32, generation: u32, socket: OwnedFd) {
+        let Some(slots) = self.libraries.get(index).and_then(|l| l.slots.clone()) else { return };
+        let verdict = (slots, slot, generation);
+        let fd = socket.as_raw_fd();
+        let known = tcp_repair::ends(fd).ok().and_then(|ends| {
+            let id = self.steer.flow(&flow_key(ends.client, ends.local))?.flow_id;
+            self.hosted.get_mut(&id).map(|flow| (ends, flow))
+        });
+        match known {
+            Some((_, flow)) if flow.to.is_some() => {
+                flow.socket = Some(socket);
+                flow.verdict = Some(verdict);
+                vacate(flow);
+            }
+            Some((ends, flow)) => {
+                flow.ends = ends;
+                flow.record = tcp_repair::dump(fd, &ends, MAX_QUEUES).ok().map(Box::new);
+                flow.socket = Some(socket);
+                flow.verdict = Some(verdict);
+            }
+            None => {
+                // Settled, or never begun.
+                if let Err(e) = tcp_repair::resume(fd) {
+                    log::error!("taking a connection back: {e}");
+                }
+                decide(&verdict, slot::stay(Reason::DaemonLost));
+                let _ = tcp_repair::poke(fd);
+                self.metrics.refused(Reason::DaemonLost);
+            }
+        }
     }
 
     /// The target's daemon is connected: go.
     pub(crate) fn begin_on(&mut self, id: HandoffId, peer: usize) {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
         flow.peer = Some(peer);
-        let theirs = self.peers.get(peer).and_then(|p| p.hello.as_ref());
-        if theirs.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
+        let theirs = self.peers.get(peer);
+        let hello = theirs.and_then(|p| p.hello.as_ref());
+        if hello.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
             return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
         }
+        let early = self.config.handoff.order == Order::Early && theirs.is_some_and(Peer::is_proven);
+        flow.machine = Host::new(early);
         self.host_event(id, HostEvent::Start);
     }
 
     /// `TARGET_READY`.
-    pub(crate) fn on_target_ready(&mut self, ready: &TargetReady) {
+    pub(crate) fn on_target_ready(&mut self, index: usize, ready: &TargetReady) {
         let now = now_ns();
-        let Some(flow) = self.hosted.get_mut(&ready.id) else { return };
+        let Some(flow) = self.hosted.get_mut(&ready.id) else {
+            // Taken back, or reset: nobody must serve it there.
+            return self.send_to(index, &PeerMessage::Abort(ready.id));
+        };
         flow.times.ready = now;
         flow.times.restore = ready.restore_ns;
         flow.times.rewrite = ready.rewrite_ns;
         flow.times.at_target = ready.total_ns;
-        let expected = flow.record.as_ref().map(|r| r.tcp.rcv_seq);
-        let received = flow.socket.as_ref().and_then(|s| tcp_repair::received_end(s.as_raw_fd()).ok());
-        let still = received.is_some() && received == expected;
-        self.host_event(ready.id, HostEvent::TargetReady { local: ready.local, still });
+        flow.times.started = ready.started_ns;
+        let event = HostEvent::TargetReady {
+            local: ready.local,
+            started: ready.started_ns.is_some(),
+            timely: flow.asked.is_some_and(|asked| asked.elapsed() < LIMITS.answer),
+        };
+        self.host_event(ready.id, event);
     }
 
     /// `REFUSE`.
@@ -170,6 +251,15 @@ impl Engine {
         }
     }
 
+    /// The target has certainly given up what it was not confirmed, unless the client's packets say otherwise.
+    pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
+        self.collect_held();
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let served =
+            flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        self.host_event(id, HostEvent::DoubtOver { served });
+    }
+
     /// The channel to a node broke.
     pub(crate) fn peer_lost(&mut self, node: &str) {
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| f.target == node).map(|(id, _)| *id).collect();
@@ -180,7 +270,8 @@ impl Engine {
 
     /// The channel to a node is up (again).
     pub(crate) fn peer_back(&mut self, node: &str) {
-        let lost = |f: &HostFlow| f.target == node && f.state() == HostState::Redirected;
+        let unsure = [HostState::Redirected, HostState::Doubt];
+        let lost = |f: &HostFlow| f.target == node && unsure.contains(&f.state());
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| lost(f)).map(|(id, _)| *id).collect();
         for id in ids {
             self.host_event(id, HostEvent::PeerBack);
@@ -196,8 +287,10 @@ impl Engine {
             let Some(flow) = self.hosted.get_mut(&id) else { return };
             let before = flow.state();
             flow.machine.on(&event, &mut actions);
-            if (before == HostState::Begun) != (flow.state() == HostState::Begun) {
-                if before == HostState::Begun { self.in_flight -= 1 } else { self.in_flight += 1 }
+            match (before == HostState::Begun, flow.state() == HostState::Begun) {
+                (false, true) => self.in_flight += 1,
+                (true, false) => self.in_flight -= 1,
+                _ => {}
             }
             for action in actions.drain(..) {
                 next = self.host_action(id, action);
@@ -220,12 +313,21 @@ impl Engine {
             HostAction::Redirect(to) => return self.redirect(id, to),
             HostAction::SendHostReady => {
                 let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-                self.send_about(id, &PeerMessage::HostReady(HostReady { id, elapsed_ns }));
+                let options = flow.options.take();
+                self.send_about(id, &PeerMessage::HostReady(HostReady { id, options, elapsed_ns }));
                 if let Some(flow) = self.hosted.get_mut(&id) {
                     flow.times.sent_ready = now_ns();
                 }
             }
             HostAction::Vacate => vacate(flow),
+            HostAction::SendQuery => {
+                flow.asked = Some(Instant::now());
+                self.send_about(id, &PeerMessage::Query(Query { id, sent_ns: now_ns() }));
+            }
+            HostAction::ArmDoubt => {
+                let since = flow.asked.unwrap_or_else(Instant::now);
+                self.at(since + LIMITS.doubt, Timer::HostDoubt(id));
+            }
             HostAction::SendAbort => self.send_about(id, &PeerMessage::Abort(id)),
             HostAction::TakeBack => self.take_back(id),
             HostAction::Unhold => self.unhold(id),
@@ -253,7 +355,8 @@ impl Engine {
 
     fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
         let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
-        let result = self.steer.hold(&flow.key, id).map_err(|e| match e {
+        let peer = self.state.number(&flow.target, Some(flow.address));
+        let result = self.steer.hold(&flow.key, id, peer).map_err(|e| match e {
             SteerError::Full | SteerError::Exists => Reason::TableFull,
             e => {
                 log::error!("flow table: {e}");
@@ -268,21 +371,34 @@ impl Engine {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
         let Some(record) = flow.record.take() else { return };
         let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-        let begin = BeginOffload { id, handler: flow.handler.clone(), record: *record, elapsed_ns };
+        let begin = BeginOffload {
+            id,
+            handler: flow.handler.clone(),
+            record: *record,
+            elapsed_ns,
+            start: flow.machine.early(),
+            sent_ns: now_ns(),
+        };
+        flow.asked = Some(Instant::now());
         let message = PeerMessage::BeginOffload(begin);
         self.send_about(id, &message);
         let PeerMessage::BeginOffload(begin) = message else { return };
         if let Some(flow) = self.hosted.get_mut(&id) {
             flow.record = Some(Box::new(begin.record));
+            // While the target restores.
+            flow.options =
+                flow.socket.as_ref().and_then(|s| tcp_repair::options(s.as_raw_fd(), &flow.ends).ok());
             self.at(Instant::now() + self.config.handoff.timeout, Timer::HostDeadline(id));
         }
     }
 
     fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
         // What was held goes first, so that it is not overtaken by what comes after the flip.
+        self.send_late(id, to);
         self.replay_all_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
-        if let Err(e) = self.steer.redirect(&flow.key, id, to) {
+        let peer = self.state.number(&flow.target, Some(flow.address));
+        if let Err(e) = self.steer.redirect(&flow.key, id, peer, to) {
             log::error!("redirecting {}: {e}", flow.client);
             return Some(HostEvent::RedirectFailed);
         }
@@ -292,6 +408,22 @@ impl Engine {
         self.drain_held();
         self.at(Instant::now() + Duration::from_millis(1), Timer::DrainHeld);
         None
+    }
+
+    /// A packet that had passed the hook when HOLD was set may have reached the socket after the dump: it acknowledged
+    /// what it took, so the target gets it from here.
+    fn send_late(&mut self, id: HandoffId, to: SocketAddr) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let (Some(socket), Some(record)) = (&flow.socket, &flow.record) else { return };
+        match tcp_repair::arrived_since(socket.as_raw_fd(), record) {
+            Ok(None) => {}
+            Ok(Some(late)) => {
+                log::debug!("{}: {} bytes came after the dump", flow.client, late.data.len());
+                self.metrics.held(1);
+                self.send_packet(flow.client, &packet::late_segment(record, to, &late));
+            }
+            Err(e) => log::error!("looking for late data of {}: {e}", flow.client),
+        }
     }
 
     fn take_back(&mut self, id: HandoffId) {
@@ -319,12 +451,18 @@ impl Engine {
 
     /// The target has lost the connection: the client is told by a RST with the right sequence number.
     fn reset(&mut self, id: HandoffId) {
+        let Some(flow) = self.hosted.get(&id) else { return };
+        let entry = self.steer.flow(&flow.key);
         self.unhold(id);
         let Some(flow) = self.hosted.get(&id) else { return };
-        log::warn!("{} was lost on its way to {}: reset", flow.client, flow.target);
+        if entry.is_some_and(|e| e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0) {
+            // It has ended as connections do.
+            return;
+        }
+        log::warn!("{} was lost on {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
         let Some(record) = &flow.record else { return };
-        match tcp_repair::restore(record, flow.local, false, Duration::ZERO) {
+        match tcp_repair::restore(record, flow.local, false, Duration::ZERO, &mut self.spare) {
             Ok(socket) => {
                 if let Err(e) = socket.reset() {
                     log::error!("resetting {}: {e}", flow.client);
@@ -338,11 +476,15 @@ impl Engine {
     pub(crate) fn sweep_hosted(&mut self) {
         let now = now_ns();
         let orphan = |f: &HostFlow| {
-            f.state() == HostState::Offloaded
-                && self.steer.flow(&f.key).is_none_or(|e| {
-                    e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
-                        && Duration::from_nanos(now.saturating_sub(e.last_ns)) > ORPHAN_AFTER
-                })
+            if !matches!(f.state(), HostState::Redirected | HostState::Offloaded) {
+                return false;
+            }
+            // No entry: the client has used its port for a new connection.
+            let Some(entry) = self.steer.flow(&f.key) else { return true };
+            let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns)).min(f.since.elapsed());
+            let closed = entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0;
+            let away = self.connection_to(&f.target, f.peer).is_none();
+            (closed && idle > ORPHAN_AFTER) || (away && idle > AWAY_AFTER)
         };
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| orphan(f)).map(|(id, _)| *id).collect();
         for id in ids {
@@ -353,7 +495,7 @@ impl Engine {
 
 fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
     let socket = flow.socket.as_ref().ok_or(Reason::Closed)?;
-    let result = tcp_repair::dump(socket.as_raw_fd(), MAX_QUEUES);
+    let result = tcp_repair::dump(socket.as_raw_fd(), &flow.ends, MAX_QUEUES);
     flow.times.dumped = now_ns();
     match result {
         Ok(record) => {
@@ -369,8 +511,8 @@ fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
 
 /// The verdict first: the events that emptying raises must find it.
 fn vacate(flow: &mut HostFlow) {
-    if let Some((slots, index, generation)) = flow.verdict.take() {
-        slots.decide(index, generation, slot::GONE);
+    if let Some(verdict) = flow.verdict.take() {
+        decide(&verdict, slot::GONE);
     }
     if let Some(socket) = flow.socket.take()
         && let Err(e) = tcp_repair::vacate(socket.as_raw_fd())
@@ -380,8 +522,8 @@ fn vacate(flow: &mut HostFlow) {
 }
 
 fn stay(flow: &mut HostFlow, reason: Reason) {
-    if let Some((slots, index, generation)) = flow.verdict.take() {
-        slots.decide(index, generation, slot::stay(reason));
+    if let Some(verdict) = flow.verdict.take() {
+        decide(&verdict, slot::stay(reason));
     }
     if let Some(socket) = flow.socket.take() {
         // Edge-triggered servers have seen their edge; this raises a fresh one.
@@ -392,7 +534,17 @@ fn stay(flow: &mut HostFlow, reason: Reason) {
 fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
     let round_trip = t.ready.saturating_sub(t.dumped);
     let one_way = round_trip.saturating_sub(t.at_target) / 2;
-    let handed_at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
+    let (handed_at, ready_ns) = match t.started {
+        // Early: the handler had it before the answer was sent.
+        Some(at) => {
+            let at = if same_clock { at } else { t.ready - one_way };
+            (at, 0)
+        }
+        None => {
+            let at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
+            (at, at.saturating_sub(t.redirected))
+        }
+    };
     Steps {
         queue_ns: t.received.saturating_sub(t.decided),
         block_ns: t.held.saturating_sub(t.received),
@@ -401,12 +553,7 @@ fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
         restore_ns: t.restore,
         rewrite_ns: t.rewrite,
         redirect_ns: t.redirected.saturating_sub(t.ready),
-        ready_ns: handed_at.saturating_sub(t.redirected),
+        ready_ns,
         total_ns: handed_at.saturating_sub(t.decided),
     }
-}
-
-/// IPv4 in IPv6 clothes (an AF_INET6 listener's connection) is IPv4 on the wire.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -117,6 +117,10 @@ impl Engine {
                 self.on_offload(index, offload, fd);
                 Ok(())
             }
+            (ToDaemon::Recover { slot, generation }, [Some(fd), None, None]) if greeted => {
+                self.on_recover(index, slot, generation, fd);
+                Ok(())
+            }
             (ToDaemon::Register { epoll: true }, [Some(listener), Some(ours), Some(theirs)]) if greeted => {
                 self.register(index, &listener, Some(Channel::new(ours, theirs)))
             }
@@ -144,8 +148,11 @@ impl Engine {
             return Err(detail);
         }
         let (slots, memory) = SlotTable::create().map_err(|e| format!("slot table: {e}"))?;
-        let welcome =
-            FromDaemon::Welcome { version: VERSION, node: self.config.node.clone(), ticket: self.ticket };
+        let welcome = FromDaemon::Welcome {
+            version: VERSION,
+            node: self.config.node.clone(),
+            ticket: self.state.ticket(),
+        };
         library.send(&welcome, Some(memory.as_raw_fd())).map_err(|e| e.to_string())?;
         library.slots = Some(Rc::new(slots));
         library.serial = serial;
@@ -158,7 +165,10 @@ impl Engine {
         // SAFETY: no arguments, cannot fail.
         let own = unsafe { libc::geteuid() };
         self.libraries.get(index).is_some_and(|l| {
-            l.uid == 0 || l.uid == own || self.config.users.contains(&l.uid) || ticket == Some(self.ticket)
+            l.uid == 0
+                || l.uid == own
+                || self.config.users.contains(&l.uid)
+                || ticket == Some(self.state.ticket())
         })
     }
 

@@ -15,6 +15,8 @@ mod links;
 mod metrics;
 mod metrics_http;
 mod peer;
+mod recover;
+mod state;
 mod status;
 mod steer;
 mod target;

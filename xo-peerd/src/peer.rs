@@ -2,16 +2,22 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 use rustls::Connection;
 use xo_proto::frame::{FrameError, decode_peer, encode_peer};
-use xo_proto::wire::{Hello, MAGIC, PeerMessage, VERSION};
+use xo_proto::fresh::Freshness;
+use xo_proto::handoff::LIMITS;
+use xo_proto::wire::{Hello, MAGIC, PeerMessage, Ping, VERSION};
 
+use crate::clock::now_ns;
 use crate::tls;
 
 /// How much is read at once: more than any message without long queues.
 const READ: usize = 64 << 10;
+/// How long a quick round trip vouches for the channel.
+const PROVEN: Duration = Duration::from_secs(10);
 
 /// Why a peer connection is given up.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +28,9 @@ pub(crate) enum PeerError {
     /// The peer closed it.
     #[error("closed by the peer")]
     Closed,
+    /// The peer has not answered for too long.
+    #[error("silent for too long")]
+    Silent,
     /// The peer sent something that is not a message.
     #[error("{0}")]
     Frame(#[from] FrameError),
@@ -43,6 +52,15 @@ pub(crate) struct Peer {
     pub(crate) dialled: Option<(String, SocketAddr)>,
     /// The TCP connection is established.
     pub(crate) connected: bool,
+    /// How long the peer's messages are under way.
+    freshness: Freshness,
+    /// When the peer was last heard of.
+    heard: Instant,
+    /// The probe under way.
+    probe: Option<(u64, Instant)>,
+    probes: u64,
+    /// When a probe last came back quickly.
+    proven: Option<Instant>,
 }
 
 impl Peer {
@@ -68,6 +86,11 @@ impl Peer {
             hello: None,
             dialled,
             connected,
+            freshness: Freshness::default(),
+            heard: Instant::now(),
+            probe: None,
+            probes: 0,
+            proven: None,
         };
         peer.queue(&PeerMessage::Hello(hello.clone()))?;
         Ok(peer)
@@ -90,6 +113,45 @@ impl Peer {
     /// Ready for hand-offs?
     pub(crate) fn usable(&self) -> bool {
         self.hello.is_some()
+    }
+
+    /// Closing it is to drop what is still to be sent: an old message must not arrive late.
+    pub(crate) fn discard_unsent(&self) {
+        let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+    }
+
+    /// A message of the peer with this stamp is not older than what may start a connection.
+    pub(crate) fn is_fresh(&mut self, sent_ns: u64) -> bool {
+        self.freshness.observe(sent_ns, now_ns()).is_some_and(|late| late < LIMITS.fresh)
+    }
+
+    /// The channel is quick enough for the early order.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.proven.is_some_and(|when| when.elapsed() < PROVEN)
+    }
+
+    /// How long the peer has been silent.
+    pub(crate) fn silence(&self) -> Duration {
+        self.heard.elapsed()
+    }
+
+    /// The next probe, unless one is under way.
+    pub(crate) fn next_probe(&mut self) -> Option<PeerMessage> {
+        if self.probe.is_some() || !self.usable() {
+            return None;
+        }
+        self.probes += 1;
+        self.probe = Some((self.probes, Instant::now()));
+        Some(PeerMessage::Ping(Ping { number: self.probes, sent_ns: now_ns() }))
+    }
+
+    /// The answer to a probe.
+    pub(crate) fn probed(&mut self, number: u64) {
+        if let Some((_, sent)) = self.probe.take_if(|(n, _)| *n == number)
+            && sent.elapsed() < LIMITS.sample
+        {
+            self.proven = Some(Instant::now());
+        }
     }
 
     /// Sends a message now, or as soon as the socket takes it.
@@ -141,6 +203,7 @@ impl Peer {
     /// checked and kept in `self.hello`.
     pub(crate) fn readable(&mut self, messages: &mut Vec<PeerMessage>) -> Result<(), PeerError> {
         let end = self.fill();
+        self.heard = Instant::now();
         let mut used = 0;
         while let Some((message, n)) = decode_peer::<PeerMessage>(&self.input[used..])? {
             used += n;

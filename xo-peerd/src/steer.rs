@@ -9,8 +9,12 @@ use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
     Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader,
-    INGRESS_PROGRAM, PATHS, REWRITES_MAP, RewriteEntry,
+    INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
+
+pub(crate) mod pin;
+
+use self::pin::{Pins, Sizes};
 
 /// Built by scripts/build-bpf.
 static OBJECT: &[u8] =
@@ -18,6 +22,8 @@ static OBJECT: &[u8] =
 
 /// `BPF_NOEXIST`: insert only.
 const NO_EXIST: u64 = 1;
+/// `BPF_EXIST`: update only.
+const EXIST: u64 = 2;
 
 /// Why steering failed.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +34,9 @@ pub(crate) enum SteerError {
     /// Another flow has this entry.
     #[error("the entry belongs to another flow")]
     Exists,
+    /// This flow has no entry.
+    #[error("the flow has no entry, or it belongs to another flow")]
+    NotOurs,
     /// The programs cannot be loaded.
     #[error("loading the BPF programs: {0}")]
     Load(String),
@@ -45,63 +54,118 @@ pub(crate) struct Steer {
     rewrites: HashMap<MapData, FlowKey, RewriteEntry>,
     held: RingBuf<MapData>,
     counters: PerCpuArray<MapData, u64>,
-    entries: usize,
+    /// Inserted less removed, by us.
+    entries: u64,
     mode: &'static str,
+    pins: Option<Pins>,
     _programs: Ebpf,
 }
 
 impl Steer {
     /// Loads the programs and attaches them to the interfaces, first in order: by TCX, or by clsact on
-    /// kernels before 6.6. `max_flows` sizes both tables, `ring_bytes` (a power of two, whole pages) the ring of
-    /// held packets.
-    pub(crate) fn load(interfaces: &[String], max_flows: u32, ring_bytes: u32) -> Result<Steer, SteerError> {
-        let mut programs = load_object(max_flows, ring_bytes)?;
-        let mut mode = "tcx";
+    /// kernels before 6.6. With `pins`, they and their maps outlive this process, and those of an earlier one are taken
+    /// over.
+    pub(crate) fn load(
+        interfaces: &[String],
+        wanted: Sizes,
+        pins: Option<Pins>,
+    ) -> Result<Steer, SteerError> {
+        let mut programs = load_object(pins.as_ref().map_or(wanted, Pins::sizes), pins.as_ref())?;
+        let (mut mode, mut pins) = ("tcx", pins);
         for (name, hook) in [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
         {
             let program = classifier(&mut programs, name)?;
             program.load().map_err(|e| SteerError::Load(chain(&e)))?;
             for interface in interfaces {
+                if let Some(pinned) = &pins {
+                    match pinned.attach(program, interface, hook) {
+                        Ok(()) => continue,
+                        Err(e) => {
+                            log::warn!("interface {interface}: {e}: connections will end with this daemon");
+                            let _ = pinned.clear();
+                            pins = None;
+                        }
+                    }
+                }
                 if !attach(program, interface, hook)? {
                     mode = "clsact";
                 }
             }
         }
-        Ok(Steer {
+        let mut steer = Steer {
             flows: HashMap::try_from(map(&mut programs, FLOWS_MAP)?)?,
             rewrites: HashMap::try_from(map(&mut programs, REWRITES_MAP)?)?,
             held: RingBuf::try_from(map(&mut programs, HELD_MAP)?)?,
             counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
             entries: 0,
             mode,
+            pins,
             _programs: programs,
-        })
+        };
+        // The program's count of what it has removed may be an earlier daemon's.
+        let present = (steer.all_flows().len() + steer.all_rewrites().len()) as u64;
+        steer.entries = present + steer.counters()[Path::Reused as usize];
+        Ok(steer)
+    }
+
+    /// All entries of the flow table.
+    pub(crate) fn all_flows(&self) -> Vec<(FlowKey, FlowEntry)> {
+        self.flows.iter().filter_map(Result::ok).collect()
+    }
+
+    /// All entries of the rewrite table.
+    pub(crate) fn all_rewrites(&self) -> Vec<(FlowKey, RewriteEntry)> {
+        self.rewrites.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Do programs and maps outlive this process?
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins.is_some()
+    }
+
+    /// They do not any more.
+    pub(crate) fn unpin(&mut self) {
+        if let Some(pins) = self.pins.take()
+            && let Err(e) = pins.clear()
+        {
+            log::error!("removing the pinned maps: {e}");
+        }
     }
 
     /// Keeps the flow's packets from the local stack and for [`Steer::drain_held`].
-    pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
-        let entry = flow_entry(Action::Hold, flow_id, [0; 4], 0);
+    pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64, peer: u32) -> Result<(), SteerError> {
+        let entry = flow_entry(Action::Hold, flow_id, peer, [0; 4], 0);
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
         self.entries += 1;
         Ok(())
     }
 
-    /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
-    pub(crate) fn redirect(&mut self, key: &FlowKey, flow_id: u64, to: SocketAddr) -> Result<(), SteerError> {
-        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
-            return Err(SteerError::Exists);
-        }
-        let entry = flow_entry(Action::Redirect, flow_id, mapped(to.ip()), to.port().to_be());
-        insert(&mut self.flows, key, &entry, 0)
+    /// Turns a held flow into a redirected one: one map update, so there is no moment in between. That the
+    /// client has closed stays known.
+    pub(crate) fn redirect(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        peer: u32,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
+            return Err(SteerError::NotOurs);
+        };
+        let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        entry.flags = held.flags;
+        // The program may have removed the entry meanwhile: the client's port then serves a new connection.
+        insert(&mut self.flows, key, &entry, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.
     pub(crate) fn remove_flow(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.flows, key)
+        let removed = remove(&mut self.flows, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's entry.
@@ -109,11 +173,12 @@ impl Steer {
         self.flows.get(key, 0).ok()
     }
 
-    /// Gives packets of a restored connection the host's source address.
+    /// Gives packets of a restored connection the host's source address; `names` are the numbers of host and handler.
     pub(crate) fn rewrite(
         &mut self,
         key: &FlowKey,
         flow_id: u64,
+        names: (u32, u16),
         from: SocketAddr,
     ) -> Result<(), SteerError> {
         let entry = RewriteEntry {
@@ -123,7 +188,8 @@ impl Steer {
             last_ns: 0,
             from_addr: mapped(from.ip()),
             from_port: from.port().to_be(),
-            pad: [0; 6],
+            handler: names.1,
+            peer: names.0,
         };
         insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
         self.entries += 1;
@@ -132,11 +198,12 @@ impl Steer {
 
     /// Removes the rewrite if it is still this flow's.
     pub(crate) fn remove_rewrite(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        self.entries = self.entries.saturating_sub(1);
         if self.rewrite_entry(key).is_none_or(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        remove(&mut self.rewrites, key)
+        let removed = remove(&mut self.rewrites, key)?;
+        self.entries -= u64::from(removed);
+        Ok(removed)
     }
 
     /// The flow's rewrite.
@@ -156,9 +223,9 @@ impl Steer {
         }
     }
 
-    /// Entries in both tables.
-    pub(crate) fn flow_entries(&self) -> usize {
-        self.entries
+    /// Entries in both tables. The program removes those of reused ports, and counts that.
+    pub(crate) fn flow_entries(&self) -> u64 {
+        self.entries.saturating_sub(self.counters()[Path::Reused as usize])
     }
 
     /// Packets by path, summed over CPUs.
@@ -199,7 +266,16 @@ fn mapped(ip: IpAddr) -> [u32; 4] {
     words
 }
 
-fn flow_entry(action: Action, flow_id: u64, to_addr: [u32; 4], to_port: u16) -> FlowEntry {
+/// An address as the maps hold it.
+pub(crate) fn address(ip: [u32; 4], port: u16) -> SocketAddr {
+    let mut octets = [0; 16];
+    for (to, word) in octets.as_chunks_mut::<4>().0.iter_mut().zip(ip) {
+        *to = word.to_ne_bytes();
+    }
+    SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(port))
+}
+
+fn flow_entry(action: Action, flow_id: u64, peer: u32, to_addr: [u32; 4], to_port: u16) -> FlowEntry {
     FlowEntry {
         flow_id,
         packets: 0,
@@ -209,19 +285,25 @@ fn flow_entry(action: Action, flow_id: u64, to_addr: [u32; 4], to_port: u16) -> 
         flags: 0,
         to_addr,
         to_port,
-        pad: [0; 6],
+        pad: 0,
+        peer,
     }
 }
 
-fn load_object(max_flows: u32, ring_bytes: u32) -> Result<Ebpf, SteerError> {
+fn load_object(sizes: Sizes, pins: Option<&Pins>) -> Result<Ebpf, SteerError> {
     let cpus = aya::util::nr_cpus().map_or(1, |n| n as u32);
-    EbpfLoader::new()
-        .map_max_entries(FLOWS_MAP, max_flows)
-        .map_max_entries(REWRITES_MAP, max_flows)
-        .map_max_entries(HELD_MAP, ring_bytes)
-        .map_max_entries("SCRATCH", cpus)
-        .load(OBJECT)
-        .map_err(|e| SteerError::Load(chain(&e)))
+    let mut loader = EbpfLoader::new();
+    loader
+        .map_max_entries(FLOWS_MAP, sizes.flows)
+        .map_max_entries(REWRITES_MAP, sizes.flows)
+        .map_max_entries(HELD_MAP, sizes.ring)
+        .map_max_entries("SCRATCH", cpus);
+    if let Some(pins) = pins {
+        for name in [FLOWS_MAP, REWRITES_MAP, HELD_MAP, COUNTERS_MAP] {
+            loader.map_pin_path(name, pins.map(name));
+        }
+    }
+    loader.load(OBJECT).map_err(|e| SteerError::Load(chain(&e)))
 }
 
 fn classifier<'e>(programs: &'e mut Ebpf, name: &str) -> Result<&'e mut SchedClassifier, SteerError> {
@@ -256,6 +338,7 @@ fn insert<V: aya::Pod>(
     map.insert(key, value, flags).map_err(|e| match errno(&e) {
         Some(libc::E2BIG | libc::ENOMEM) => SteerError::Full,
         Some(libc::EEXIST) => SteerError::Exists,
+        Some(libc::ENOENT) => SteerError::NotOurs,
         _ => e.into(),
     })
 }

@@ -1,13 +1,13 @@
 //! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::FlowKey;
-use xo_proto::handoff::{Target, TargetAction, TargetEvent, TargetState};
+use xo_proto::handoff::{LIMITS, Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::reason::Reason;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Refuse, TargetReady};
+use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
 
 use crate::acceptor::Place;
@@ -19,6 +19,8 @@ use crate::steer::{SteerError, flow_key};
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
+/// Hand-offs remembered as refused before they came.
+const MOST_REFUSED: usize = 4096;
 /// First and longest pause between two looks whether the kernel has forgotten a closed connection.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
@@ -29,6 +31,10 @@ pub(crate) struct Served {
     peer: usize,
     begin: Option<Box<BeginOffload>>,
     restored: Option<Repaired>,
+    /// Early order: a duplicate of the live socket, until the host has confirmed.
+    kept: Option<OwnedFd>,
+    /// Questions about it answered with "started".
+    answers: u32,
     /// Name of the handler.
     pub(crate) handler: String,
     mode: Option<HandlerMode>,
@@ -47,12 +53,48 @@ pub(crate) struct Served {
     ready: Option<TargetReady>,
     begun_ns: u64,
     host_ready_ns: u64,
+    started_ns: Option<u64>,
+    /// It is in the metrics.
+    counted: bool,
     /// From dump to `HOST_READY`.
     elapsed: Duration,
     refusal: String,
 }
 
 impl Served {
+    /// A connection about which nothing has been done; `host` is its address there.
+    pub(crate) fn new(machine: Target, handler: &str, client: SocketAddr, host: SocketAddr) -> Served {
+        Served {
+            machine,
+            peer: usize::MAX,
+            begin: None,
+            restored: None,
+            kept: None,
+            answers: 0,
+            handler: handler.to_owned(),
+            mode: None,
+            acceptor: None,
+            client,
+            local: host,
+            host,
+            rewrite: None,
+            place: Place::None,
+            ending: None,
+            ready: None,
+            begun_ns: 0,
+            host_ready_ns: 0,
+            started_ns: None,
+            counted: false,
+            elapsed: Duration::ZERO,
+            refusal: String::new(),
+        }
+    }
+
+    /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
+    pub(crate) fn watch(&mut self) {
+        self.ending = Some((Instant::now(), LONGEST_LOOK));
+    }
+
     /// Where the hand-off stands.
     pub(crate) fn state(&self) -> TargetState {
         self.machine.state()
@@ -65,27 +107,20 @@ impl Engine {
         let begun_ns = now_ns();
         let Some(node) = self.node_of(index) else { return };
         let key = (node, begin.id);
+        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(begin.sent_ns));
+        if self.refused.contains(&key) {
+            // The host has asked about it before it came, on another channel: it is not begun any more.
+            return;
+        }
         if !self.served.contains_key(&key) {
-            let served = Served {
-                machine: Target::default(),
-                peer: index,
-                restored: None,
-                handler: begin.handler.clone(),
-                mode: None,
-                acceptor: None,
-                client: begin.record.client,
-                local: begin.record.local,
-                host: begin.record.local,
-                rewrite: None,
-                place: Place::None,
-                ending: None,
-                ready: None,
-                begun_ns,
-                host_ready_ns: 0,
-                elapsed: Duration::ZERO,
-                refusal: String::new(),
-                begin: Some(Box::new(begin)),
-            };
+            // A process is started for each connection of an `exec` handler: the host does not wait for that.
+            let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
+            let early = begin.start && fresh && matches!(mode, Some(HandlerMode::Attach { .. }));
+            let mut served =
+                Served::new(Target::new(early), &begin.handler, begin.record.client, begin.record.local);
+            served.peer = index;
+            served.begun_ns = begun_ns;
+            served.begin = Some(Box::new(begin));
             self.served.insert(key.clone(), served);
         }
         self.target_event(&key, &TargetEvent::Begin);
@@ -99,12 +134,51 @@ impl Engine {
         if let Some(served) = self.served.get_mut(&key) {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
+            let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
+            if let (Some(fd), Some(options)) =
+                (live.or(served.kept.as_ref().map(AsRawFd::as_raw_fd)), &message.options)
+            {
+                tcp_repair::apply_options(fd, options);
+            }
             self.target_event(&key, &TargetEvent::HostReady);
         } else {
             // Restored here once, given up since (time limit, restart): the host must tell the client.
             let detail = "no such hand-off".into();
             self.send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
         }
+    }
+
+    /// `QUERY`.
+    pub(crate) fn on_query(&mut self, index: usize, query: Query) {
+        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(query.sent_ns));
+        let Some(node) = self.node_of(index) else { return };
+        let key = (node, query.id);
+        if let Some(served) = self.served.get_mut(&key) {
+            // An old question must not keep a connection alive that the host may have taken back since.
+            if fresh {
+                served.peer = index;
+                self.target_event(&key, &TargetEvent::Query);
+            }
+            return;
+        }
+        self.refused.push_back(key);
+        if self.refused.len() > MOST_REFUSED {
+            self.refused.pop_front();
+        }
+        let detail = "no such hand-off".into();
+        self.send_to(
+            index,
+            &PeerMessage::Refuse(Refuse { id: query.id, reason: Reason::PeerTimeout, detail }),
+        );
+    }
+
+    /// Early order: was it confirmed?
+    pub(crate) fn target_fence(&mut self, key: &ServedKey, number: u32) {
+        let Some(served) = self.served.get(key).filter(|s| s.answers == number) else { return };
+        let kept = served.kept.as_ref();
+        let acknowledged =
+            kept.is_some_and(|fd| tcp_repair::acknowledged(fd.as_raw_fd()).is_ok_and(|bytes| bytes > 0));
+        self.target_event(key, &TargetEvent::Fence { acknowledged });
     }
 
     /// `ABORT`.
@@ -166,10 +240,6 @@ impl Engine {
                 if let Some(ready) = self.served.get(key).and_then(|s| s.ready.clone()) {
                     self.send_to_host(key, &PeerMessage::TargetReady(ready));
                 }
-                // While the host checks and redirects.
-                if let Some(restored) = self.served.get(key).and_then(|s| s.restored.as_ref()) {
-                    restored.apply_options();
-                }
                 self.at(Instant::now() + PATIENCE, Timer::TargetDeadline(key.clone()));
             }
             TargetAction::Refuse(reason) => {
@@ -179,7 +249,15 @@ impl Engine {
                 self.send_to_host(key, &PeerMessage::Refuse(Refuse { id: key.1, reason, detail }));
             }
             TargetAction::Start => return self.start(key).map(TargetEvent::Handed),
+            TargetAction::SendStarted => self.send_started(key),
             TargetAction::SendHanded => self.send_handed(key),
+            TargetAction::Keep => {
+                if let Some(served) = self.served.get_mut(key) {
+                    served.kept = None;
+                }
+                self.confirmed(key);
+            }
+            TargetAction::Withdraw => self.withdraw(key),
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
@@ -203,7 +281,11 @@ impl Engine {
     }
 
     fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
+        let stopping = self.is_stopping();
         let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        if stopping {
+            return Err(Reason::Stopping);
+        }
         let begin = served.begin.take().ok_or(Reason::Closed)?;
         let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
         let mode = handler.map(|h| h.mode.clone()).ok_or_else(|| {
@@ -236,14 +318,16 @@ impl Engine {
         };
         let t0 = now_ns();
         let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(served.begun_ns));
-        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed).map_err(|e| {
-            served.refusal = e.to_string();
-            Reason::RestoreFailed
-        })?;
+        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed, &mut self.spare)
+            .map_err(|e| {
+                served.refusal = e.to_string();
+                Reason::RestoreFailed
+            })?;
         let t1 = now_ns();
         let local = restored.local();
         let rewrite = flow_key(begin.record.client, local);
-        self.steer.rewrite(&rewrite, key.1, begin.record.local).map_err(|e| {
+        let names = (self.state.number(&key.0, None), self.state.number(&begin.handler, None) as u16);
+        self.steer.rewrite(&rewrite, key.1, names, begin.record.local).map_err(|e| {
             served.refusal = e.to_string();
             match e {
                 SteerError::Full | SteerError::Exists => Reason::TableFull,
@@ -257,6 +341,7 @@ impl Engine {
             restore_ns: t1 - t0,
             rewrite_ns: t2 - t1,
             total_ns: t2.saturating_sub(served.begun_ns),
+            started_ns: None,
         };
         served.restored = Some(restored);
         served.rewrite = Some(rewrite);
@@ -267,32 +352,95 @@ impl Engine {
         Ok(())
     }
 
-    /// Leaves repair mode and hands the socket over. `None` while a handler process is being started.
+    /// Hands the socket over and leaves repair mode. `None` while a handler process is being started.
     fn start(&mut self, key: &ServedKey) -> Option<Result<(), Reason>> {
         let served = self.served.get_mut(key)?;
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
-        // A response follows at once, so no window probe is needed.
-        let socket = match restored.start(false, served.elapsed) {
-            Ok(socket) => OwnedFd::from(socket),
-            Err(e) => {
+        let (elapsed, early) = (served.elapsed, served.machine.early());
+        let live = |restored: Repaired| {
+            // A response follows at once, so no window probe is needed.
+            restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
                 log::error!("starting the connection of {client}: {e}");
-                return Some(Err(Reason::RestoreFailed));
-            }
+                Reason::RestoreFailed
+            })
         };
         match mode {
             Some(HandlerMode::Attach { port }) => {
-                let result = self.attach(key, port, acceptor, client, socket);
-                if let Err(e) = &result {
+                // First into the handler's hands, where it is mute while in repair mode, then live: if this daemon
+                // died in between the other way round, the client would get a reset.
+                let passed = match restored.try_clone() {
+                    Ok(passed) => passed,
+                    Err(e) => {
+                        log::error!("passing the connection of {client} on: {e}");
+                        return Some(Err(Reason::RestoreFailed));
+                    }
+                };
+                if let Err(e) = self.attach(key, port, acceptor, client, passed) {
                     log::warn!("handing the connection of {client} over: {e}");
+                    return Some(Err(Reason::NoHandler));
                 }
-                Some(result.map_err(|_| Reason::NoHandler))
+                let socket = match live(restored) {
+                    Ok(socket) => socket,
+                    Err(reason) => return Some(Err(reason)),
+                };
+                let served = self.served.get_mut(key)?;
+                served.started_ns = Some(now_ns());
+                served.kept = early.then_some(socket);
+                Some(Ok(()))
             }
-            Some(HandlerMode::Exec { command }) => {
-                self.exec(key, command, socket);
-                None
-            }
+            Some(HandlerMode::Exec { command }) => match live(restored) {
+                Ok(socket) => {
+                    self.exec(key, command, socket);
+                    None
+                }
+                Err(reason) => Some(Err(reason)),
+            },
             None => Some(Err(Reason::NoHandler)),
+        }
+    }
+
+    /// `TARGET_READY` of the early order.
+    fn send_started(&mut self, key: &ServedKey) {
+        let Some(served) = self.served.get_mut(key) else { return };
+        let (id, local) = (key.1, served.local);
+        // An earlier daemon's has no times.
+        let ready = served.ready.get_or_insert(TargetReady {
+            id,
+            local,
+            restore_ns: 0,
+            rewrite_ns: 0,
+            total_ns: 0,
+            started_ns: None,
+        });
+        ready.started_ns = served.started_ns.or(Some(now_ns()));
+        if served.answers == 0 && served.begun_ns != 0 {
+            ready.total_ns = now_ns().saturating_sub(served.begun_ns);
+        }
+        served.answers += 1;
+        let (ready, number) = (ready.clone(), served.answers);
+        self.send_to_host(key, &PeerMessage::TargetReady(ready));
+        self.at(Instant::now() + LIMITS.fence, Timer::TargetFence(key.clone(), number));
+    }
+
+    /// Takes a live connection away from its handler, silently: the host serves it.
+    fn withdraw(&mut self, key: &ServedKey) {
+        if let Some(served) = self.served.get_mut(key) {
+            log::warn!("the connection of {} was not confirmed by {}: withdrawn", served.client, key.0);
+            if let Some(kept) = served.kept.take() {
+                empty(&kept, served.client);
+            }
+            let place = std::mem::replace(&mut served.place, Place::None);
+            self.abandoned.push(place);
+        }
+        self.remove_rewrite(key);
+    }
+
+    /// The connection stays here.
+    fn confirmed(&mut self, key: &ServedKey) {
+        if let Some(served) = self.served.get_mut(key).filter(|s| !s.counted) {
+            served.counted = true;
+            self.metrics.accepted();
         }
     }
 
@@ -300,9 +448,7 @@ impl Engine {
         let at_ns = now_ns();
         let Some(served) = self.served.get_mut(key) else { return };
         let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
-        if served.ready.take().is_some() {
-            self.metrics.accepted();
-        }
+        self.confirmed(key);
         self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
     }
 
@@ -325,6 +471,8 @@ impl Engine {
     /// Every tick: connections whose handler has closed them, and those that are closing.
     pub(crate) fn look_for_ends(&mut self, now: Instant) {
         self.reap_children();
+        let over = self.abandoned.extract_if(.., |place| place.closed(&self.libraries)).collect::<Vec<_>>();
+        over.into_iter().for_each(|place| place.free(&mut self.libraries));
         let mut gone = Vec::new();
         for (key, served) in &mut self.served {
             if served.state() != TargetState::Served {
@@ -369,6 +517,13 @@ impl Engine {
             place.free(&mut self.libraries);
         }
         self.target_event(key, &TargetEvent::SocketGone);
+    }
+}
+
+/// Empties a live socket in place, without a packet.
+fn empty(socket: &OwnedFd, client: SocketAddr) {
+    if let Err(e) = tcp_repair::withdraw(socket.as_raw_fd()) {
+        log::error!("withdrawing the connection of {client}: {e}");
     }
 }
 

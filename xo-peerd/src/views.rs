@@ -30,7 +30,7 @@ impl Engine {
             flows_hosted: hosted,
             flows_served: served,
             steering_mode: self.steer.mode().to_owned(),
-            flow_entries: self.steer.flow_entries() as u64,
+            flow_entries: self.steer.flow_entries(),
             counters: PATH_NAMES.iter().map(|n| (*n).to_owned()).zip(counters).collect(),
             library: self.library_counters(),
             peers: self.peer_views(),

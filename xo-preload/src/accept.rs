@@ -2,16 +2,21 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use libc::{c_int, sockaddr, socklen_t};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
 use xo_proto::slot::Counter;
 use xo_sys::raw::{self, Fd};
+use xo_sys::tcp_repair;
 
 use crate::conn::{self, Kind};
 use crate::fdtable::{self, Entry};
 use crate::{daemon, init, lifecycle, register};
+
+/// How long a connection may stay in repair mode after it was passed on.
+const LIVE: Duration = Duration::from_millis(5);
 
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
@@ -52,11 +57,15 @@ pub(crate) fn accept(
     flags: c_int,
     call: impl Fn() -> c_int,
 ) -> c_int {
-    if let Some((deliver, socket)) = register::delivery(fd) {
-        return hand_out(fd, &deliver, socket, address, len, flags);
+    while let Some((deliver, socket)) = register::delivery(fd) {
+        if is_live(&socket) {
+            return hand_out(fd, &deliver, socket, address, len, flags);
+        }
+        // Closed in repair mode, without a packet; its host serves it.
+        log::warn!("a connection that was not brought to life is left");
     }
     loop {
-        if register::may_be_woken(fd) {
+        if !register::is_registered(fd) {
             register::waker(fd);
         }
         let accepted = call();
@@ -95,6 +104,18 @@ pub(crate) fn accept(
         lifecycle::tracking();
         return accepted;
     }
+}
+
+/// The daemon takes a connection out of repair mode right after passing it on, unless it died in between.
+fn is_live(socket: &Fd) -> bool {
+    let end = raw::monotonic() + LIVE;
+    while tcp_repair::in_repair(socket.as_raw_fd()) {
+        if raw::monotonic() > end {
+            return false;
+        }
+        raw::yield_processor();
+    }
+    true
 }
 
 fn is_own_address(accepted: c_int, peer: IpAddr) -> bool {

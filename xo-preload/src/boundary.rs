@@ -8,7 +8,7 @@ use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
 use xo_proto::ipc::Offload;
 use xo_proto::policy::Decision;
 use xo_proto::reason::Reason;
-use xo_proto::slot::{Counter, GONE, PENDING, stay_reason};
+use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{Conn, Kind, ReadHalf};
@@ -35,7 +35,8 @@ pub(crate) enum Outcome {
     Error(i32),
 }
 
-/// Waits for the verdict; it can only stay PENDING when there is a time limit. A daemon that is gone means FREE.
+/// Waits for the verdict; it can only stay PENDING when there is a time limit. FREE when there is no daemon any more
+/// that could give one.
 pub(crate) fn await_verdict(index: u32, limit: Option<Duration>) -> u32 {
     let end = limit.map(|l| raw::monotonic() + l);
     loop {
@@ -44,7 +45,9 @@ pub(crate) fn await_verdict(index: u32, limit: Option<Duration>) -> u32 {
         if state != PENDING || end.is_some_and(|e| raw::monotonic() >= e) {
             return state;
         }
-        daemon::is_alive();
+        if !daemon::is_open() {
+            return FREE;
+        }
     }
 }
 
@@ -60,9 +63,13 @@ pub(crate) fn verdict(
         return None;
     }
     let state = match conn.slot_state(index) {
-        PENDING if nonblocking && daemon::is_alive() => return Some(Outcome::Error(libc::EAGAIN)),
-        // It went away, and the slot with it.
-        PENDING if nonblocking => daemon::slot_state(index),
+        PENDING if nonblocking => {
+            daemon::check();
+            match daemon::slot_state(index) {
+                PENDING => return Some(Outcome::Error(libc::EAGAIN)),
+                state => state,
+            }
+        }
         PENDING => match await_verdict(index, raw::receive_timeout(fd)) {
             PENDING => return Some(Outcome::Error(libc::EAGAIN)),
             state => state,
@@ -227,7 +234,6 @@ fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bo
     match asked {
         Ok(()) => {
             daemon::count(Counter::Asked as usize);
-            poll::watch_verdicts();
             true
         }
         Err(reason) => {

@@ -49,6 +49,8 @@ pub(crate) struct Conn {
     pub(crate) deadline: AtomicU64,
     /// Index of its delivery, for `Restored`.
     delivery: AtomicU32,
+    /// The daemon that gave it, see `daemon::epoch`.
+    given_by: AtomicU32,
     next_free: AtomicU32,
     read: UnsafeCell<Option<ReadHalf>>,
     write: UnsafeCell<Option<ResponseTracker>>,
@@ -101,6 +103,12 @@ pub(crate) fn all() -> impl Iterator<Item = (u32, &'static Conn)> {
     (0..USED.load(Ordering::Acquire)).filter_map(|i| Some((i, get(i)?)))
 }
 
+/// Connections for which the daemon has been asked, its verdict not seen yet.
+pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
+    all()
+        .filter(|(_, c)| c.asked.load(Ordering::Acquire) && matches!(c.kind(), Kind::Tracked | Kind::Passive))
+}
+
 /// Starts to follow the connection behind a descriptor; `None` when the table is full.
 pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Option<()> {
     forget(fd);
@@ -115,6 +123,7 @@ pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Op
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.delivery.store(delivery, Ordering::Relaxed);
+    conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
     conn.descriptors.store(1, Ordering::Relaxed);
     // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
     // entry is freed, so overwriting without a drop loses nothing.
@@ -198,7 +207,10 @@ impl Conn {
 
     fn release(&self, index: u32) {
         if self.kind() == Kind::Restored {
-            daemon::closed_delivery(self.delivery.load(Ordering::Relaxed));
+            daemon::closed_delivery(
+                self.delivery.load(Ordering::Relaxed),
+                self.given_by.load(Ordering::Relaxed),
+            );
         }
         // A verdict that is still to come finds the slot cleared and is ignored.
         daemon::clear_slot(index);

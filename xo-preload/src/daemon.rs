@@ -2,6 +2,7 @@
 //!
 //! A child must not use its parent's: a page that the kernel wipes on fork says whose it is.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
@@ -11,17 +12,21 @@ use once_cell::race::OnceBox;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
 use xo_proto::ipc::{Deliver, FromDaemon, Offload, Ticket, ToDaemon, VERSION};
 use xo_proto::reason::Reason;
-use xo_proto::slot::{FREE, PENDING};
+use xo_proto::slot::{FREE, PENDING, stay};
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
 
 use crate::{conn, poll, register};
 
-/// How long the daemon may take to answer a hello or a take.
-const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 500_000 };
-/// Pause after a failed connection.
+/// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
+const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
+/// Pause after a failed connection; a shorter one while the daemon may just be restarting.
 const PAUSE: Duration = Duration::from_secs(1);
+const SHORT_PAUSE: Duration = Duration::from_millis(50);
+const RESTART: Duration = Duration::from_secs(5);
+/// A blocked caller looks this often whether the daemon is still there.
+const LOOK: Duration = Duration::from_millis(100);
 /// Our descriptors keep out of the way of the server's low numbers.
 const LEAST_FD: RawFd = 400;
 
@@ -30,8 +35,11 @@ static NODE: OnceBox<String> = OnceBox::new();
 static TICKET: OnceBox<Ticket> = OnceBox::new();
 static CHANNEL: AtomicI32 = AtomicI32::new(-1);
 static SLOTS: AtomicPtr<SlotTable> = AtomicPtr::new(std::ptr::null_mut());
+static EPOCH: AtomicU32 = AtomicU32::new(0);
 static OPENING: AtomicBool = AtomicBool::new(false);
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
+/// When the daemon went away, ns.
+static LOST: AtomicU64 = AtomicU64::new(0);
 /// Points into a page that is zero in a child.
 static OURS: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 
@@ -125,15 +133,23 @@ pub(crate) fn open() -> bool {
         NOT_BEFORE.store(0, Ordering::Relaxed);
         register::forget();
     }
-    let opened = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed) && connect();
-    if !opened && fd() < 0 {
-        NOT_BEFORE.store((raw::monotonic() + PAUSE).as_nanos() as u64, Ordering::Relaxed);
+    // Being asked too early does not put the next attempt off.
+    let due = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed);
+    let opened = due && connect();
+    if due && !opened && fd() < 0 {
+        NOT_BEFORE.store((raw::monotonic() + pause()).as_nanos() as u64, Ordering::Relaxed);
     }
     OPENING.store(false, Ordering::Release);
     if opened {
         register::announce_again();
     }
     opened
+}
+
+/// How long to wait before the next attempt.
+pub(crate) fn pause() -> Duration {
+    let lost = Duration::from_nanos(LOST.load(Ordering::Relaxed));
+    if raw::monotonic().saturating_sub(lost) < RESTART { SHORT_PAUSE } else { PAUSE }
 }
 
 /// As [`open`], however short ago it failed: a daemon was just started.
@@ -158,8 +174,12 @@ fn connect() -> bool {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
-            conn::remember_gone();
+            let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
+            EPOCH.fetch_add(1, Ordering::Relaxed);
+            if let Some(old) = old {
+                recover(old, fd.as_raw_fd());
+            }
             // SAFETY: the page is mapped for good.
             if let Some(ours) = unsafe { OURS.load(Ordering::Acquire).as_ref() } {
                 ours.store(1, Ordering::Relaxed);
@@ -176,7 +196,34 @@ fn connect() -> bool {
     }
 }
 
-/// The daemon is gone: connections that wait for its verdict stay here.
+/// A new daemon: verdicts of the old one are kept; connections that it left in the middle of a hand-off, and which
+/// only a daemon can bring back to life, are shown to the new one.
+fn recover(old: &SlotTable, channel: RawFd) {
+    let Some(new) = slots() else { return };
+    for (index, conn) in conn::waiting() {
+        match old.state(index) {
+            PENDING => {
+                let generation = new.begin(index);
+                let message = ToDaemon::Recover { slot: index, generation };
+                if !send_on(channel, &message, &[conn.fd.load(Ordering::Relaxed)], 0) {
+                    log::error!("a connection in the middle of a hand-off is lost");
+                }
+            }
+            state => new.set(index, state),
+        }
+    }
+}
+
+/// Is the daemon still there? If not, see [`lost`].
+pub(crate) fn check() {
+    let fd = fd();
+    if fd >= 0 && is_ours() && raw::is_hung_up(fd) {
+        lost();
+    }
+}
+
+/// The daemon is gone: connections that wait for its verdict stay here, but for those that it has put into repair
+/// mode; these wait for the next daemon.
 pub(crate) fn lost() {
     let fd = CHANNEL.swap(-1, Ordering::AcqRel);
     if fd < 0 {
@@ -184,22 +231,17 @@ pub(crate) fn lost() {
     }
     raw::close(fd);
     log::warn!("xo-peerd is gone");
+    LOST.store(raw::monotonic().as_nanos() as u64, Ordering::Relaxed);
+    NOT_BEFORE.store(0, Ordering::Relaxed);
     poll::look_for_daemon();
-    for (index, conn) in conn::all() {
-        if conn.asked.load(Ordering::Acquire) && slot_state(index) == PENDING {
-            clear_slot(index);
-            let _ = tcp_repair::poke(conn.fd.load(Ordering::Relaxed));
+    let Some(slots) = slots() else { return };
+    for (index, conn) in conn::waiting() {
+        let fd = conn.fd.load(Ordering::Relaxed);
+        if slots.state(index) == PENDING && !tcp_repair::in_repair(fd) {
+            slots.set(index, stay(Reason::NoDaemon));
+            let _ = tcp_repair::poke(fd);
         }
     }
-}
-
-/// Is the daemon there, while somebody waits for its verdict? What waits for one that went away is let go.
-pub(crate) fn is_alive() -> bool {
-    let alive = fd() >= 0 && !raw::is_hung_up(fd());
-    if !alive {
-        lost();
-    }
-    alive
 }
 
 /// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection
@@ -228,10 +270,13 @@ pub(crate) fn offload(
     };
     let bytes = buffer.get(..n).unwrap_or_default();
     match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            poll::look_after_daemon();
+            Ok(())
+        }
         Err(e) => {
             slots.clear(slot);
-            if e.kind() == std::io::ErrorKind::WouldBlock {
+            if e.kind() == ErrorKind::WouldBlock {
                 return Err(Reason::DaemonBusy);
             }
             lost();
@@ -247,7 +292,17 @@ pub(crate) fn slot_state(slot: u32) -> u32 {
 
 /// Waits for a slot's verdict.
 pub(crate) fn wait_slot(slot: u32, timeout: Duration) -> u32 {
-    slots().map_or(FREE, |s| s.wait(slot, timeout))
+    let end = raw::monotonic() + timeout;
+    loop {
+        // A restarted daemon brings a new table.
+        let Some(slots) = slots() else { return FREE };
+        let state = slots.wait(slot, LOOK);
+        if state != PENDING || raw::monotonic() >= end {
+            return state;
+        }
+        check();
+        open();
+    }
 }
 
 /// Gives a slot back.
@@ -264,9 +319,14 @@ pub(crate) fn count(counter: usize) {
     }
 }
 
-/// Reports that this process has closed a restored connection.
-pub(crate) fn closed_delivery(delivery: u32) {
-    if let Some(slots) = slots().filter(|_| is_ours()) {
+/// Which daemon this process is connected to, counted from 1.
+pub(crate) fn epoch() -> u32 {
+    EPOCH.load(Ordering::Relaxed)
+}
+
+/// Reports that this process has closed a restored connection that the daemon of that epoch had given it.
+pub(crate) fn closed_delivery(delivery: u32, given_by: u32) {
+    if let Some(slots) = slots().filter(|_| is_ours() && epoch() == given_by) {
         slots.close_delivery(delivery);
     }
 }
@@ -278,7 +338,14 @@ pub(crate) fn is_wake_port(port: u16) -> bool {
 
 /// Tells the daemon that this process accepts from a listening socket; see [`ToDaemon::Register`].
 pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
-    is_open() && send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0)
+    if !is_open() {
+        return false;
+    }
+    let sent = send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0);
+    if !sent {
+        check();
+    }
+    sent
 }
 
 /// What a registration's channel gives.
@@ -300,7 +367,7 @@ pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
             (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
             _ => Delivery::Nothing,
         },
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Delivery::Nothing,
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Delivery::Nothing,
         Err(_) => Delivery::End,
     }
 }

@@ -8,15 +8,19 @@ use xo_proto::slot::PENDING;
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{self, Conn, Kind};
-use crate::daemon;
+use crate::{daemon, register};
 
-/// Pause between two attempts to reach a daemon that went away, ns.
-const RETRY_NS: u64 = 1_000_000_000;
+/// When the daemon dies its descriptors do not close all at once, ns.
+const MOMENT_NS: u64 = 10_000_000;
+/// A verdict takes less than this, ns; later it is worth a look whether the daemon is still there.
+const VERDICT_NS: u64 = 250_000_000;
 
 /// When something is to be done next, ns: a head let through, a daemon looked for; 0 for never.
 static NEXT: AtomicU64 = AtomicU64::new(0);
 /// When to look for the daemon; 0 for never.
 static RETRY: AtomicU64 = AtomicU64::new(0);
+/// When to look whether the daemon is there; 0 for never.
+static LOOK: AtomicU64 = AtomicU64::new(0);
 
 fn wake_at(when: u64) {
     let earlier = |next| (next == 0 || when < next).then_some(when);
@@ -25,16 +29,27 @@ fn wake_at(when: u64) {
 
 /// The daemon went away: a restarted one is found again, though the server may only wait.
 pub(crate) fn look_for_daemon() {
-    let when = raw::monotonic().as_nanos() as u64 + RETRY_NS;
+    let when = (raw::monotonic() + daemon::pause()).as_nanos() as u64;
     RETRY.store(when, Ordering::Release);
     wake_at(when);
 }
 
-/// A verdict is out: a daemon that goes away instead is noticed, though the server may only wait.
-pub(crate) fn watch_verdicts() {
-    if NEXT.load(Ordering::Relaxed) == 0 {
-        wake_at(raw::monotonic().as_nanos() as u64 + RETRY_NS);
+/// The daemon has been asked: if it dies, nothing tells a server that only waits.
+pub(crate) fn look_after_daemon() {
+    if LOOK.load(Ordering::Relaxed) == 0 {
+        look_in(VERDICT_NS);
     }
+}
+
+/// One of the daemon's channels has ended: perhaps all have.
+pub(crate) fn look_soon() {
+    look_in(MOMENT_NS);
+}
+
+fn look_in(ns: u64) {
+    let when = raw::monotonic().as_nanos() as u64 + ns;
+    LOOK.store(when, Ordering::Release);
+    wake_at(when);
 }
 
 /// Keeps an incomplete head of `n` bytes from the server: level-triggered waiting stays quiet until more
@@ -76,6 +91,19 @@ pub(crate) fn wait(timeout: Option<Duration>, call: impl Fn(Option<Duration>) ->
 /// Deadlines that have passed: readiness as usual; the next read finds the head late and lets it through.
 fn act(now: Duration) {
     NEXT.store(0, Ordering::Release);
+    let look = LOOK.load(Ordering::Acquire);
+    if look != 0 && now >= Duration::from_nanos(look) {
+        LOOK.store(0, Ordering::Release);
+        daemon::check();
+        if daemon::is_open() {
+            register::announce_lost();
+        }
+        if conn::waiting().any(|(index, _)| daemon::slot_state(index) == PENDING) {
+            look_after_daemon();
+        }
+    } else if look != 0 {
+        wake_at(look);
+    }
     let retry = RETRY.load(Ordering::Acquire);
     if retry != 0 && now >= Duration::from_nanos(retry) {
         RETRY.store(0, Ordering::Release);
@@ -85,10 +113,7 @@ fn act(now: Duration) {
     } else if retry != 0 {
         wake_at(retry);
     }
-    for (index, conn) in conn::all() {
-        if conn.asked.load(Ordering::Acquire) && daemon::slot_state(index) == PENDING && daemon::is_alive() {
-            wake_at(now.as_nanos() as u64 + RETRY_NS);
-        }
+    for (_, conn) in conn::all() {
         let deadline = conn.deadline.load(Ordering::Acquire);
         if deadline == 0 || conn.kind() != Kind::Tracked {
             continue;

@@ -18,7 +18,7 @@ use xo_sys::fdpass;
 use xo_sys::raw::{self, Fd, epoll_ctl};
 
 use crate::fdtable::{self, Entry};
-use crate::{accept, daemon, init};
+use crate::{accept, daemon, init, poll};
 
 /// Most pairs of an epoll instance and a listening socket in it that one process has.
 pub(crate) const REGISTRATIONS: usize = 64;
@@ -196,7 +196,10 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
         match daemon::receive_delivery(channel) {
             daemon::Delivery::One(deliver, fd) => return Some((deliver, fd)),
             daemon::Delivery::Nothing => {}
-            daemon::Delivery::End => r.hang_up(),
+            daemon::Delivery::End => {
+                r.hang_up();
+                poll::look_soon();
+            }
         }
     }
     None
@@ -240,6 +243,13 @@ pub(crate) fn announce_again() {
     }
 }
 
+/// Registrations whose channel has ended while the daemon has not.
+pub(crate) fn announce_lost() {
+    let lost =
+        |r: &&Registration| r.listener.load(Ordering::Acquire) >= 0 && r.channel.load(Ordering::Acquire) < 0;
+    used().filter(lost).for_each(Registration::settle);
+}
+
 /// In a child: its parent's registrations are not its own, only copies of their descriptors.
 pub(crate) fn forget() {
     for r in used() {
@@ -252,6 +262,11 @@ pub(crate) fn forget() {
 
 fn has_channel(listener: c_int) -> bool {
     used().any(|r| r.listener.load(Ordering::Relaxed) == listener && r.channel.load(Ordering::Acquire) >= 0)
+}
+
+/// Does the server wait for this listening socket with epoll, as far as we have seen?
+pub(crate) fn is_registered(listener: c_int) -> bool {
+    used().any(|r| r.listener.load(Ordering::Acquire) == listener)
 }
 
 /// The server is about to wait for a tracked listening socket without epoll.

@@ -26,6 +26,14 @@ pub enum ToDaemon {
     },
     /// Hand this connection over. Carries the connection's descriptor. The verdict comes in the slot.
     Offload(Offload),
+    /// A hand-off that an earlier daemon did not finish, or whose end this process did not see. Carries the connection's
+    /// descriptor. The verdict comes in the slot.
+    Recover {
+        /// Index into the slot table.
+        slot: u32,
+        /// The slot's generation.
+        generation: u32,
+    },
     /// This process accepts connections from the listening socket that this message carries as its first
     /// descriptor.
     Register {

@@ -7,6 +7,7 @@
 
 pub mod conn;
 pub mod frame;
+pub mod fresh;
 pub mod handoff;
 pub mod http;
 pub mod ipc;

@@ -3,9 +3,14 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use crate::conn::ConnRecord;
+
 const PROTOCOL_TCP: u8 = 6;
 const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
+const ACK: u8 = 0x10;
+/// TTL of segments of our own.
+const HOPS: u8 = 64;
 const CWR: u8 = 0x80;
 const TCP_MIN: usize = 20;
 
@@ -58,6 +63,63 @@ pub fn segments(
         out(&segment);
     }
     Ok(pieces.len())
+}
+
+/// Acknowledgement number of a TCP packet, if it is one and carries one.
+#[must_use]
+pub fn acknowledgement(packet: &[u8]) -> Option<u32> {
+    let layout = Layout::of(packet).ok()?;
+    let flags = packet.get(layout.tcp + 13)?;
+    let number = packet.get(layout.tcp + 8..layout.tcp + 12)?.try_into().ok()?;
+    (flags & ACK != 0).then(|| u32::from_be_bytes(number))
+}
+
+/// What reached a socket after its state had been read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Late {
+    /// Data.
+    pub data: Vec<u8>,
+    /// The peer has closed its direction.
+    pub fin: bool,
+}
+
+/// The segment from the client that brings `late` to the connection's new socket at `to`: from its IP header on, of any
+/// length, checksums left to [`segments`].
+#[must_use]
+pub fn late_segment(record: &ConnRecord, to: SocketAddr, late: &Late) -> Vec<u8> {
+    let tcp = &record.tcp;
+    let length = TCP_MIN + late.data.len();
+    let mut p = Vec::with_capacity(40 + length);
+    match (record.client.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let total = u16::try_from(20 + length).unwrap_or(u16::MAX).to_be_bytes();
+            p.extend([0x45, 0, total[0], total[1], 0, 0, 0x40, 0, HOPS, PROTOCOL_TCP, 0, 0]);
+            p.extend(from.octets());
+            p.extend(to.octets());
+        }
+        (from, to) => {
+            let six = |ip| match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            };
+            let payload = u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes();
+            p.extend([0x60, 0, 0, 0, payload[0], payload[1], PROTOCOL_TCP, HOPS]);
+            p.extend(six(from));
+            p.extend(six(to));
+        }
+    }
+    p.extend(record.client.port().to_be_bytes());
+    p.extend(to.port().to_be_bytes());
+    p.extend(tcp.rcv_seq.to_be_bytes());
+    let unacknowledged = (tcp.sent.len() + tcp.unsent.len()) as u32;
+    p.extend(tcp.snd_seq.wrapping_sub(unacknowledged).to_be_bytes());
+    let flags = ACK | PSH | if late.fin { FIN } else { 0 };
+    let window = tcp.window.snd_wnd >> tcp.wscale.map_or(0, |(theirs, _)| theirs.min(14));
+    p.extend([0x50, flags]);
+    p.extend(u16::try_from(window).unwrap_or(u16::MAX).to_be_bytes());
+    p.extend([0; 4]);
+    p.extend(&late.data);
+    p
 }
 
 /// Where things are in a packet.

@@ -67,10 +67,12 @@ pub enum Reason {
     Closed,
     /// XO is stopping on this machine.
     Stopping,
+    /// This machine's daemon went away during the hand-off; the next one has settled it.
+    DaemonLost,
 }
 
 /// Number of reasons.
-pub const REASONS: usize = Reason::Stopping as usize + 1;
+pub const REASONS: usize = Reason::DaemonLost as usize + 1;
 
 /// All reasons, in the order of their numbers.
 pub const ALL: [Reason; REASONS] = {
@@ -107,6 +109,7 @@ pub const ALL: [Reason; REASONS] = {
         DumpFailed,
         Closed,
         Stopping,
+        DaemonLost,
     ]
 };
 
@@ -147,6 +150,7 @@ impl Reason {
             DumpFailed => "dump_failed",
             Closed => "closed",
             Stopping => "stopping",
+            DaemonLost => "daemon_lost",
         }
     }
 }

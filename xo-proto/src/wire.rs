@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use bincode::{Decode, Encode};
 
-use crate::conn::ConnRecord;
+use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
@@ -32,17 +32,20 @@ pub enum PeerMessage {
     Refuse(Refuse),
     /// Host to target: packets come to you from now on; serve the request (`HOST_READY`).
     HostReady(HostReady),
-    /// Host to target: forget it; sent only while the host has not redirected the flow.
+    /// Host to target: forget it; the host has taken the connection back, or reset it.
     Abort(HandoffId),
+    /// Host to target: what has become of it? Answered by `TargetReady` or `Refuse`, after which the target does not
+    /// begin it any more.
+    Query(Query),
     /// Target to host: the handler has the socket.
     Handed(Handed),
     /// Target to host: the connection's TCP close has finished; remove the redirect.
     Closed(HandoffId),
     /// Host to target: the redirect is gone; remove the source rewrite.
     ClosedAck(HandoffId),
-    /// Liveness probe; answered by `Pong` with the same number.
-    Ping(u64),
-    /// Answer to `Ping`.
+    /// Liveness probe, and a sample of the time that a message is under way; answered by `Pong`.
+    Ping(Ping),
+    /// Answer to `Ping`, with its number.
     Pong(u64),
 }
 
@@ -61,6 +64,24 @@ pub struct Hello {
     pub usec_timestamps: bool,
 }
 
+/// Liveness probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Ping {
+    /// Comes back in the answer.
+    pub number: u64,
+    /// The sender's `CLOCK_MONOTONIC`, ns.
+    pub sent_ns: u64,
+}
+
+/// A question about a hand-off whose answer did not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Query {
+    /// The hand-off.
+    pub id: HandoffId,
+    /// The sender's `CLOCK_MONOTONIC`, ns.
+    pub sent_ns: u64,
+}
+
 /// `BEGIN_OFFLOAD`.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct BeginOffload {
@@ -72,6 +93,10 @@ pub struct BeginOffload {
     pub record: ConnRecord,
     /// Time from the dump to this message, ns.
     pub elapsed_ns: u64,
+    /// The target may start the connection at once (early order).
+    pub start: bool,
+    /// The sender's `CLOCK_MONOTONIC`, ns.
+    pub sent_ns: u64,
 }
 
 /// Packets come to the target from now on.
@@ -79,6 +104,8 @@ pub struct BeginOffload {
 pub struct HostReady {
     /// The hand-off.
     pub id: HandoffId,
+    /// Options that the server had set; `None` when they could not be read.
+    pub options: Option<SockOptions>,
     /// Time since the dump, ns. The timestamp clock goes on by as much: the emptied socket may have sent an
     /// acknowledgement meanwhile, and the client drops what looks older (RFC 7323, 5.3).
     pub elapsed_ns: u64,
@@ -98,6 +125,8 @@ pub struct TargetReady {
     pub rewrite_ns: u64,
     /// Time from receiving `BEGIN_OFFLOAD` to sending this, ns.
     pub total_ns: u64,
+    /// Early order: the handler has had the connection since this moment of the target's `CLOCK_MONOTONIC`, ns.
+    pub started_ns: Option<u64>,
 }
 
 /// Refusal of a hand-off.

@@ -262,6 +262,12 @@ pub fn peek(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
     sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)
 }
 
+/// sched_yield(2).
+pub fn yield_processor() {
+    // SAFETY: no arguments.
+    let _ = sys!(libc::SYS_sched_yield);
+}
+
 /// As [`peek`], into memory that need not be cleared first; what was read.
 ///
 /// # Errors

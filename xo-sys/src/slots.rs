@@ -119,6 +119,15 @@ impl SlotTable {
         decided
     }
 
+    /// Sets the state whatever it was, and wakes who waits for it.
+    pub fn set(&self, slot: u32, state: u32) {
+        if let Some(s) = self.get().slots.get(slot as usize) {
+            let generation = s.word.load(Ordering::Relaxed) & !STATE;
+            s.word.store(generation | state & STATE, Ordering::Release);
+            raw::futex_wake(&s.word);
+        }
+    }
+
     /// Waits while the slot is PENDING, at most `timeout`; returns the state word.
     pub fn wait(&self, slot: u32, timeout: Duration) -> u32 {
         let Some(s) = self.get().slots.get(slot as usize) else { return FREE };

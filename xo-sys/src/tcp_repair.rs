@@ -15,12 +15,14 @@ use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
 
+use xo_proto::conn::ConnRecord;
+use xo_proto::packet::Late;
 use xo_proto::reason::Reason;
 
 use crate::raw::{self, sys};
 
-pub use dump::dump;
-pub use restore::{Repaired, restore};
+pub use dump::{Ends, dump, ends, options};
+pub use restore::{Repaired, SpareSockets, apply_options, restore};
 
 /// Leave repair mode without a window probe (`TCP_REPAIR_OFF_NO_WP`).
 const OFF_NO_PROBE: i32 = -1;
@@ -30,8 +32,14 @@ const SEND_QUEUE: i32 = 2;
 const TCP_REPAIR_WINDOW: i32 = 29;
 const TCP_ULP: i32 = 31;
 const SO_BUF_LOCK: i32 = 72;
+const SO_MEMINFO: i32 = 55;
+/// Indices of SO_MEMINFO's numbers (linux/sock_diag.h).
+const SK_MEMINFO_RCVBUF: usize = 1;
+const SK_MEMINFO_SNDBUF: usize = 3;
 const SIOCOUTQNSD: i32 = 0x894b;
+/// include/net/tcp_states.h.
 const ESTABLISHED: u8 = 1;
+const CLOSE_WAIT: u8 = 8;
 
 /// Bits of `tcpi_options`.
 const OPT_TIMESTAMPS: u8 = 1;
@@ -73,12 +81,21 @@ impl<T> Step<T> for io::Result<T> {
     }
 }
 
-/// RCV.NXT of a socket that [`dump`] has left in repair mode.
+/// What has reached a socket since [`dump`] left it in repair mode: rare, but acknowledged and nowhere else.
 ///
 /// # Errors
-/// Of getsockopt(2).
-pub fn received_end(fd: RawFd) -> io::Result<u32> {
-    get_u32(fd, libc::TCP_QUEUE_SEQ)
+/// Of getsockopt(2) and recv(2).
+pub fn arrived_since(fd: RawFd, record: &ConnRecord) -> io::Result<Option<Late>> {
+    let news = get_u32(fd, libc::TCP_QUEUE_SEQ)?.wrapping_sub(record.tcp.rcv_seq) as usize;
+    if news == 0 {
+        return Ok(None);
+    }
+    let fin = raw::tcp_state(fd)? == CLOSE_WAIT;
+    let before = record.tcp.received.len();
+    let mut data = dump::peek(fd, before + news)?;
+    data.drain(..before.min(data.len()));
+    data.truncate(news);
+    Ok(Some(Late { data, fin }))
 }
 
 /// Takes a dumped socket back into service, without sending anything.
@@ -102,6 +119,32 @@ pub fn vacate(fd: RawFd) -> io::Result<()> {
     // tcp_disconnect leaves ECONNABORTED, which a server would log as an error of its client's; reading clears it.
     raw::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, &mut 0_i32)?;
     set(fd, libc::TCP_REPAIR, OFF_NO_PROBE)
+}
+
+/// As [`vacate`], for a socket that is in service.
+///
+/// # Errors
+/// As [`vacate`].
+pub fn withdraw(fd: RawFd) -> io::Result<()> {
+    set(fd, libc::TCP_REPAIR, ON)?;
+    vacate(fd)
+}
+
+/// Is the socket in repair mode? (Everybody may ask.)
+#[must_use]
+pub fn in_repair(fd: RawFd) -> bool {
+    get_u32(fd, libc::TCP_REPAIR).is_ok_and(|on| on != 0)
+}
+
+/// How many bytes the peer has acknowledged in this socket's life (`tcpi_bytes_acked`, RFC 4898
+/// `tcpEStatsAppHCThruOctetsAcked`).
+///
+/// # Errors
+/// Of getsockopt(2).
+pub fn acknowledged(fd: RawFd) -> io::Result<u64> {
+    let mut info = [0_u64; 16];
+    raw::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    Ok(info[BYTES_ACKED / 8])
 }
 
 /// Raises a fresh readiness event where data waits, also for edge-triggered epoll (`tcp_set_rcvlowat`
@@ -147,6 +190,9 @@ struct TcpInfo {
     _unacked_to_pmtu: [u32; 10],
     rcv_ssthresh: u32,
 }
+
+/// Offset of `tcpi_bytes_acked` in `struct tcp_info`: 8 bytes, 24 words, `tcpi_pacing_rate`, `tcpi_max_pacing_rate`.
+const BYTES_ACKED: usize = 8 + 24 * 4 + 16;
 
 /// `struct tcp_repair_window`.
 #[repr(C)]

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -165,6 +165,11 @@ impl Drop for Bed {
                 let end = lines[lines.len().saturating_sub(SHOWN)..].join("\n");
                 eprintln!("---- {} ({} lines)\n{end}", log.display(), lines.len());
             }
+        }
+        for node in self.nodes() {
+            // What a daemon that was killed has left pinned; its name ends in the namespace's number.
+            let Ok(about) = fs::metadata(format!("/run/netns/{}{node}", self.prefix)) else { continue };
+            let _ = fs::remove_dir_all(format!("/sys/fs/bpf/xo/{node}-{}", about.ino()));
         }
         let script = root().join("scripts/testbed");
         let _ = Command::new(script).arg("down").env("XO_BED_PREFIX", &self.prefix).status();

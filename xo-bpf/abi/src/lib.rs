@@ -70,7 +70,10 @@ pub struct FlowEntry {
     /// New destination port, network byte order.
     pub to_port: u16,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: u16,
+    /// The target, by its number in the daemon's list of names. For user space only: a restarted daemon finds its flows
+    /// again in the pinned map.
+    pub peer: u32,
 }
 
 /// Value of [`REWRITES_MAP`]: the source that a target's packets must carry.
@@ -89,8 +92,10 @@ pub struct RewriteEntry {
     pub from_addr: [u32; 4],
     /// The host's port, network byte order.
     pub from_port: u16,
-    /// Zero.
-    pub pad: [u8; 6],
+    /// The handler, by its number in the daemon's list of names; for user space only.
+    pub handler: u16,
+    /// The host, likewise.
+    pub peer: u32,
 }
 
 /// Precedes each packet in [`HELD_MAP`].
@@ -125,7 +130,7 @@ pub enum Path {
     RedirectFailed = 4,
     /// Ingress: a SYN for a flow whose client had closed: entry removed, packet passed to the local stack.
     Reused = 5,
-    /// Ingress: a fragment or a truncated header; passed.
+    /// Either hook: a fragment, or a truncated or malformed header; passed.
     Unparsed = 6,
     /// Egress: no entry; passed.
     EgressMiss = 7,

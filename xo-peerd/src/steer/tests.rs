@@ -1,1 +1,27 @@
+//! The programs on one packet at a time (BPF_PROG_TEST_RUN), from tables of fixtures; the maps; and what
+//! only a real interface shows.
 
+mod bench;
+mod fixture;
+mod frame;
+mod live;
+mod maps;
+mod sweep;
+mod tap;
+
+use bench::Hook;
+
+#[test]
+fn ingress_passes_and_redirects() {
+    fixture::run(Hook::Ingress, include_str!("tests/ingress.toml"));
+}
+
+#[test]
+fn ingress_holds() {
+    fixture::run(Hook::Ingress, include_str!("tests/hold.toml"));
+}
+
+#[test]
+fn egress_rewrites() {
+    fixture::run(Hook::Egress, include_str!("tests/egress.toml"));
+}

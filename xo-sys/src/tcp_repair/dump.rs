@@ -1,28 +1,48 @@
 //! Reading a socket's state.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
-use xo_proto::conn::{ConnRecord, SockOptions, TcpState, Timestamps, Window};
+use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window};
 use xo_proto::reason::Reason;
 
 use super::{
     ESTABLISHED, ON, OPT_SACK, OPT_TIMESTAMPS, OPT_USEC_TS, OPT_WSCALE, RECV_QUEUE, RepairError,
-    RepairWindow, SEND_QUEUE, SIOCOUTQNSD, SO_BUF_LOCK, Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo,
-    address_of, get_u32, resume, set,
+    RepairWindow, SEND_QUEUE, SIOCOUTQNSD, SK_MEMINFO_RCVBUF, SK_MEMINFO_SNDBUF, SO_BUF_LOCK, SO_MEMINFO,
+    Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo, address_of, get_u32, resume, set,
 };
 use crate::raw::{self, sys};
 
+/// A connection's two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// The client; v4-mapped addresses as IPv4.
+    pub client: SocketAddr,
+    /// Our address, likewise.
+    pub local: SocketAddr,
+    /// The socket is AF_INET6.
+    pub v6_socket: bool,
+}
+
+/// The ends of the connection behind a descriptor.
+///
+/// # Errors
+/// `NotEstablished` when it is not, or not any more, a connected TCP socket.
+pub fn ends(fd: RawFd) -> Result<Ends, RepairError> {
+    let (client, v6_socket) =
+        address_of(fd, libc::SYS_getpeername).step("getpeername", Reason::NotEstablished)?;
+    let (local, _) = address_of(fd, libc::SYS_getsockname).step("getsockname", Reason::NotEstablished)?;
+    Ok(Ends { client, local, v6_socket })
+}
+
 /// Dumps a connection; `limit` bounds the sum of its queues, bytes. On success the socket is in repair mode
-/// with its receive queue selected (see [`super::received_end`]); on failure it is as before.
+/// with its receive queue selected (see [`super::arrived_since`]); on failure it is as before.
 ///
 /// # Errors
 /// States that cannot move, each with its reason; `DumpFailed` for what the kernel refuses, without
 /// CAP_NET_ADMIN for one.
-pub fn dump(fd: RawFd, limit: usize) -> Result<ConnRecord, RepairError> {
-    let (client, v6_socket) =
-        address_of(fd, libc::SYS_getpeername).step("getpeername", Reason::NotEstablished)?;
-    let (local, _) = address_of(fd, libc::SYS_getsockname).step("getsockname", Reason::NotEstablished)?;
+pub fn dump(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, RepairError> {
     let mut info = TcpInfo::default();
     raw::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).step("TCP_INFO", Reason::NotMovable)?;
     if info.state != ESTABLISHED {
@@ -39,8 +59,8 @@ pub fn dump(fd: RawFd, limit: usize) -> Result<ConnRecord, RepairError> {
         RepairError { step: "TCP_REPAIR", reason, source }
     })?;
     let record = state(fd, &info, limit).and_then(|tcp| {
-        let options = options(fd, v6_socket).step("socket options", Reason::DumpFailed)?;
-        Ok(ConnRecord { client, local, tcp, options })
+        let buffers = buffers(fd).step("SO_MEMINFO", Reason::DumpFailed)?;
+        Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers })
     });
     if record.is_err() {
         let _ = resume(fd);
@@ -68,7 +88,8 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
 
     set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
     let snd_seq = get_u32(fd, libc::TCP_QUEUE_SEQ).step("TCP_QUEUE_SEQ", failed)?;
-    let mut sent = peek(fd, outstanding).step("send queue", failed)?;
+    let mut sent =
+        if outstanding == 0 { Vec::new() } else { peek(fd, outstanding).step("send queue", failed)? };
     if sent.len() != outstanding {
         return Err(RepairError::state("send queue", Reason::StateMoved));
     }
@@ -112,7 +133,20 @@ fn receive_window(w: &RepairWindow, rcv_nxt: u32, info: &TcpInfo) -> u32 {
     offered.max(info.rcv_ssthresh.next_multiple_of(1 << (info.wscale >> 4)))
 }
 
-fn options(fd: RawFd, v6_socket: bool) -> io::Result<SockOptions> {
+fn buffers(fd: RawFd) -> io::Result<Buffers> {
+    let mut memory = [0_u32; 9];
+    raw::getsockopt(fd, libc::SOL_SOCKET, SO_MEMINFO, &mut memory)?;
+    // Kernels before 5.16 do not tell; autotuning is what servers have.
+    let mut lock = 0_i32;
+    let lock = raw::getsockopt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &mut lock).map_or(0, |_| lock as u8);
+    Ok(Buffers { rcvbuf: memory[SK_MEMINFO_RCVBUF], sndbuf: memory[SK_MEMINFO_SNDBUF], lock })
+}
+
+/// Options that the server had set and that travel with the connection.
+///
+/// # Errors
+/// Of getsockopt(2).
+pub fn options(fd: RawFd, ends: &Ends) -> io::Result<SockOptions> {
     let int = |level, name| {
         let mut value = 0_i32;
         raw::getsockopt(fd, level, name, &mut value).map(|_| value)
@@ -120,7 +154,7 @@ fn options(fd: RawFd, v6_socket: bool) -> io::Result<SockOptions> {
     let tcp = |name| get_u32(fd, name);
     let keepalive = int(libc::SOL_SOCKET, libc::SO_KEEPALIVE)? != 0;
     let times = |name| if keepalive { tcp(name) } else { Ok(0) };
-    let tos = if v6_socket {
+    let tos = if ends.v6_socket {
         int(libc::IPPROTO_IPV6, libc::IPV6_TCLASS)?.max(int(libc::IPPROTO_IP, libc::IP_TOS).unwrap_or(0))
     } else {
         int(libc::IPPROTO_IP, libc::IP_TOS)?
@@ -137,10 +171,6 @@ fn options(fd: RawFd, v6_socket: bool) -> io::Result<SockOptions> {
         user_timeout: tcp(libc::TCP_USER_TIMEOUT)?,
         tos: tos as u8,
         congestion: String::from_utf8_lossy(&name).into_owned(),
-        rcvbuf: int(libc::SOL_SOCKET, libc::SO_RCVBUF)? as u32,
-        sndbuf: int(libc::SOL_SOCKET, libc::SO_SNDBUF)? as u32,
-        // Kernels before 5.16 do not tell; autotuning is what servers have.
-        buf_lock: int(libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0) as u8,
     })
 }
 
@@ -153,7 +183,7 @@ fn count(fd: RawFd, request: i32) -> io::Result<usize> {
 }
 
 /// Reads up to `expected` + 1 bytes of the selected queue and leaves them there.
-fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
+pub(super) fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; expected + 1];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: pointer and length describe `bytes`.

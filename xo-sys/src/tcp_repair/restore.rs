@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -37,12 +37,49 @@ const CLOCK_MARGIN: Duration = Duration::from_millis(2);
 pub struct Repaired {
     fd: Fd,
     local: SocketAddr,
-    v6_socket: bool,
     unsent: Vec<u8>,
     timestamps: Option<Timestamps>,
     /// The dump, judged by the time elapsed that the clock was set with.
     dumped: Instant,
-    options: SockOptions,
+    /// `SO_BUF_LOCK` to set, where buffers were made to fit the queues.
+    lock: Option<u8>,
+}
+
+/// Sockets made in advance: making one takes as long as a third of a restore.
+#[derive(Debug, Default)]
+pub struct SpareSockets {
+    v4: Vec<Fd>,
+    v6: Vec<Fd>,
+}
+
+impl SpareSockets {
+    /// Makes up for those taken, to `count` of each family; what the kernel refuses is made when needed.
+    pub fn refill(&mut self, count: usize) {
+        for (spare, v6) in [(&mut self.v4, false), (&mut self.v6, true)] {
+            while spare.len() < count {
+                match fresh(v6) {
+                    Ok(fd) => spare.push(fd),
+                    Err(_) => break,
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, v6: bool) -> Result<Fd, RepairError> {
+        let spare = if v6 { &mut self.v6 } else { &mut self.v4 };
+        spare.pop().map_or_else(|| fresh(v6), Ok)
+    }
+}
+
+/// A new socket in repair mode.
+fn fresh(v6: bool) -> Result<Fd, RepairError> {
+    let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+    // SAFETY: numbers only.
+    let fd = sys!(libc::SYS_socket, family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_TCP)
+        .step("socket", Reason::RestoreFailed)?;
+    let fd = Fd::new(fd as RawFd);
+    set(fd.as_raw_fd(), libc::TCP_REPAIR, ON).step("TCP_REPAIR", Reason::RestoreFailed)?;
+    Ok(fd)
 }
 
 #[repr(C)]
@@ -65,11 +102,12 @@ pub fn restore(
     bind: SocketAddr,
     v6_socket: bool,
     elapsed: Duration,
+    spare: &mut SpareSockets,
 ) -> Result<Repaired, RepairError> {
     let v6_socket = v6_socket || record.client.is_ipv6();
-    match restore_at(record, bind, v6_socket, elapsed) {
+    match restore_at(record, bind, v6_socket, elapsed, spare) {
         Err(e) if matches!(e.source.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE)) => {
-            restore_at(record, SocketAddr::new(bind.ip(), 0), v6_socket, elapsed)
+            restore_at(record, SocketAddr::new(bind.ip(), 0), v6_socket, elapsed, spare)
         }
         other => other,
     }
@@ -80,18 +118,14 @@ fn restore_at(
     bind: SocketAddr,
     v6_socket: bool,
     elapsed: Duration,
+    spare: &mut SpareSockets,
 ) -> Result<Repaired, RepairError> {
     let begun = Instant::now();
     let failed = Reason::RestoreFailed;
     let tcp = &record.tcp;
-    let family = if v6_socket { libc::AF_INET6 } else { libc::AF_INET };
-    // SAFETY: numbers only.
-    let fd = sys!(libc::SYS_socket, family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_TCP)
-        .step("socket", failed)?;
-    let fd = Fd::new(fd as RawFd);
+    let fd = spare.take(v6_socket)?;
     let raw_fd = fd.as_raw_fd();
-    buffers(raw_fd, record).step("buffers", failed)?;
-    set(raw_fd, libc::TCP_REPAIR, ON).step("TCP_REPAIR", failed)?;
+    let lock = buffers(raw_fd, record).step("buffers", failed)?;
     let (address, len) = RawAddress::new(bind, v6_socket);
     // SAFETY: the address lives through the call.
     sys!(libc::SYS_bind, raw_fd, &raw const address, len).step("bind", failed)?;
@@ -132,12 +166,17 @@ fn restore_at(
     Ok(Repaired {
         fd,
         local,
-        v6_socket,
         unsent: tcp.unsent.clone(),
         timestamps: tcp.timestamps,
         dumped: begun.checked_sub(elapsed).unwrap_or(begun),
-        options: record.options.clone(),
+        lock,
     })
+}
+
+impl AsRawFd for Repaired {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
 }
 
 impl Repaired {
@@ -147,42 +186,12 @@ impl Repaired {
         self.local
     }
 
-    /// Sets the options that the server had set. Apart from [`restore`] so that it can be done while the
-    /// answer to the host is under way; options that this machine does not know are left out.
-    pub fn apply_options(&self) {
-        let fd = self.fd.as_raw_fd();
-        let o = &self.options;
-        let tcp = |name, value: u32| {
-            if value != 0 {
-                let _ = set(fd, name, value as i32);
-            }
-        };
-        tcp(libc::TCP_NODELAY, o.nodelay.into());
-        tcp(libc::TCP_USER_TIMEOUT, o.user_timeout);
-        if o.keepalive {
-            let _ = raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1_i32);
-            tcp(libc::TCP_KEEPIDLE, o.keepidle);
-            tcp(libc::TCP_KEEPINTVL, o.keepintvl);
-            tcp(libc::TCP_KEEPCNT, o.keepcnt);
-        }
-        if o.tos != 0 {
-            let tos = i32::from(o.tos);
-            let _ = raw::setsockopt(fd, libc::IPPROTO_IP, libc::IP_TOS, &tos);
-            if self.v6_socket {
-                let _ = raw::setsockopt(fd, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &tos);
-            }
-        }
-        let mut name = [0_u8; 16];
-        for (to, from) in name.iter_mut().zip(o.congestion.as_bytes()).take(15) {
-            *to = *from;
-        }
-        if !o.congestion.is_empty() && Some(&name) != defaults().map(|d| &d.congestion) {
-            let _ = raw::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &name);
-        }
-        if o.buf_lock != 3 {
-            // Buffers were set to fit the queues; what the server had not fixed grows by itself again.
-            let _ = raw::setsockopt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &i32::from(o.buf_lock));
-        }
+    /// A duplicate for the handler, which must wait until the socket is out of repair mode ([`super::in_repair`]).
+    ///
+    /// # Errors
+    /// Of fcntl(2).
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        raw::duplicate_from(self.fd.as_raw_fd(), 3).map(OwnedFd::from)
     }
 
     /// Brings the socket to life: leaves repair mode (with a window probe if `probe`), sends what the server
@@ -197,6 +206,10 @@ impl Repaired {
         {
             set(fd, libc::TCP_TIMESTAMP, later(clock, elapsed) as i32)
                 .step("TCP_TIMESTAMP", Reason::RestoreFailed)?;
+        }
+        if let Some(lock) = self.lock {
+            // What the server had not fixed grows by itself again.
+            let _ = raw::setsockopt(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &i32::from(lock));
         }
         let off = if probe { 0 } else { OFF_NO_PROBE };
         set(fd, libc::TCP_REPAIR, off).step("TCP_REPAIR", Reason::RestoreFailed)?;
@@ -216,6 +229,38 @@ impl Repaired {
         set(fd, libc::TCP_REPAIR, OFF_NO_PROBE)?;
         let now = libc::linger { l_onoff: 1, l_linger: 0 };
         raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, &now)
+    }
+}
+
+/// Sets the options that the server had set on the connection's earlier socket; those that this machine does not know are
+/// left out.
+pub fn apply_options(fd: RawFd, options: &SockOptions) {
+    let o = options;
+    let tcp = |name, value: u32| {
+        if value != 0 {
+            let _ = set(fd, name, value as i32);
+        }
+    };
+    tcp(libc::TCP_NODELAY, o.nodelay.into());
+    tcp(libc::TCP_USER_TIMEOUT, o.user_timeout);
+    if o.keepalive {
+        let _ = raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1_i32);
+        tcp(libc::TCP_KEEPIDLE, o.keepidle);
+        tcp(libc::TCP_KEEPINTVL, o.keepintvl);
+        tcp(libc::TCP_KEEPCNT, o.keepcnt);
+    }
+    if o.tos != 0 {
+        let tos = i32::from(o.tos);
+        let _ = raw::setsockopt(fd, libc::IPPROTO_IP, libc::IP_TOS, &tos);
+        // Fails on an AF_INET socket.
+        let _ = raw::setsockopt(fd, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &tos);
+    }
+    let mut name = [0_u8; 16];
+    for (to, from) in name.iter_mut().zip(o.congestion.as_bytes()).take(15) {
+        *to = *from;
+    }
+    if !o.congestion.is_empty() && Some(&name) != defaults().map(|d| &d.congestion) {
+        let _ = raw::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &name);
     }
 }
 
@@ -241,9 +286,10 @@ fn defaults() -> Option<&'static Defaults> {
         .as_ref()
 }
 
-/// Buffers must hold the queues and the window that the peer may fill; a smaller one drops data.
-fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
-    let o = &record.options;
+/// Buffers must hold the queues and the window that the peer may fill; a smaller one drops data. Returns the lock to set
+/// when the queues are in.
+fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<Option<u8>> {
+    let o = &record.buffers;
     let default = defaults().map_or(0, |d| d.rcvbuf);
     let received = record.tcp.received.len() as u32;
     let wanted = if received as usize > SMALL_QUEUE {
@@ -251,16 +297,19 @@ fn buffers(fd: RawFd, record: &ConnRecord) -> io::Result<()> {
     } else {
         o.rcvbuf
     };
-    if wanted > default || o.buf_lock & 2 != 0 {
+    let mut set_by_us = 0;
+    if wanted > default || o.lock & 2 != 0 {
         // The kernel doubles what it is given.
         raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(wanted / 2))?;
+        set_by_us |= 2;
     }
     let queued = record.tcp.sent.len() + record.tcp.unsent.len();
-    if queued > SMALL_QUEUE || o.buf_lock & 1 != 0 {
+    if queued > SMALL_QUEUE || o.lock & 1 != 0 {
         let wanted = o.sndbuf.max((queued as u32).saturating_mul(3));
         raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(wanted / 2))?;
+        set_by_us |= 1;
     }
-    Ok(())
+    Ok((set_by_us != o.lock).then_some(o.lock))
 }
 
 /// The timestamp clock `elapsed` later, and a little more. Bit 0 says in which unit the kernel counts.

@@ -34,14 +34,25 @@ fn wait_queued(socket: &TcpStream, bytes: usize) {
     }
 }
 
+fn spare() -> SpareSockets {
+    let mut spare = SpareSockets::default();
+    spare.refill(1);
+    spare
+}
+
+fn dumped(server: &TcpStream, limit: usize) -> Result<ConnRecord, RepairError> {
+    dump(server.as_raw_fd(), &ends(server.as_raw_fd())?, limit)
+}
+
 /// Moves a server's socket to a new one in this process; the peer must not notice.
 fn moved(server: TcpStream) -> TcpStream {
-    let record = dump(server.as_raw_fd(), 1 << 24).expect("dump");
-    assert_eq!(received_end(server.as_raw_fd()).expect("rcv_nxt"), record.tcp.rcv_seq);
+    let record = dumped(&server, 1 << 24).expect("dump");
+    let options = options(server.as_raw_fd(), &ends(server.as_raw_fd()).expect("ends")).expect("options");
+    assert_eq!(arrived_since(server.as_raw_fd(), &record).expect("rcv_nxt"), None);
     vacate(server.as_raw_fd()).expect("vacate");
-    let restored = restore(&record, record.local, false, Duration::ZERO).expect("restore");
+    let restored = restore(&record, record.local, false, Duration::ZERO, &mut spare()).expect("restore");
     assert_eq!(restored.local(), record.local);
-    restored.apply_options();
+    apply_options(restored.as_raw_fd(), &options);
     TcpStream::from(OwnedFd::from(restored.start(false, Duration::ZERO).expect("start")))
 }
 
@@ -137,7 +148,7 @@ fn what_cannot_move_is_refused_and_stays_usable() {
     sys!(libc::SYS_sendto, client.as_raw_fd(), b"!".as_ptr(), 1, libc::MSG_OOB, 0, 0).expect("urgent byte");
     (&client).write_all(b"12345").expect("write");
     wait_queued(&server, 5);
-    assert_eq!(dump(server.as_raw_fd(), 1 << 20).expect_err("urgent").reason(), Reason::UrgentData);
+    assert_eq!(dumped(&server, 1 << 20).expect_err("urgent").reason(), Reason::UrgentData);
     let mut five = [0; 5];
     server.read_exact(&mut five).expect("still readable");
     assert_eq!(&five, b"12345");
@@ -145,14 +156,14 @@ fn what_cannot_move_is_refused_and_stays_usable() {
     let (client, server) = pair("127.0.0.1:0");
     (&client).write_all(&[7; 5000]).expect("write");
     wait_queued(&server, 5000);
-    assert_eq!(dump(server.as_raw_fd(), 4999).expect_err("limit").reason(), Reason::QueuesTooLong);
+    assert_eq!(dumped(&server, 4999).expect_err("limit").reason(), Reason::QueuesTooLong);
     client.shutdown(std::net::Shutdown::Write).expect("half-close");
     let mut all = Vec::new();
     (&server).read_to_end(&mut all).expect("read");
     assert_eq!(all.len(), 5000);
-    assert_eq!(dump(server.as_raw_fd(), 1 << 20).expect_err("half-closed").reason(), Reason::NotEstablished);
+    assert_eq!(dumped(&server, 1 << 20).expect_err("half-closed").reason(), Reason::NotEstablished);
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-    assert_eq!(dump(listener.as_raw_fd(), 1 << 20).expect_err("listener").reason(), Reason::NotEstablished);
+    assert_eq!(ends(listener.as_raw_fd()).expect_err("listener").reason(), Reason::NotEstablished);
 }
 
 #[test]
@@ -160,7 +171,7 @@ fn a_dumped_socket_can_be_taken_back() {
     let (mut client, mut server) = pair("127.0.0.1:0");
     client.write_all(b"hello").expect("write");
     wait_queued(&server, 5);
-    dump(server.as_raw_fd(), 1 << 20).expect("dump");
+    dumped(&server, 1 << 20).expect("dump");
     resume(server.as_raw_fd()).expect("resume");
     server.read_exact(&mut [0; 5]).expect("read");
     server.write_all(b"there").expect("write");
@@ -170,13 +181,14 @@ fn a_dumped_socket_can_be_taken_back() {
 #[test]
 fn a_taken_4_tuple_gets_another_port_and_a_mapped_socket_serves_ipv4() {
     let (client, server) = pair("127.0.0.1:0");
-    let record = dump(server.as_raw_fd(), 1 << 20).expect("dump");
+    let record = dumped(&server, 1 << 20).expect("dump");
     // The original is still there: the same 4-tuple cannot be had.
-    let restored = restore(&record, record.local, false, Duration::ZERO).expect("restore");
+    let restored = restore(&record, record.local, false, Duration::ZERO, &mut spare()).expect("restore");
     assert_ne!(restored.local().port(), record.local.port());
     drop(restored);
     vacate(server.as_raw_fd()).expect("vacate");
-    let restored = restore(&record, record.local, true, Duration::ZERO).expect("restore as AF_INET6");
+    let restored =
+        restore(&record, record.local, true, Duration::ZERO, &mut spare()).expect("restore as AF_INET6");
     let fd = restored.start(false, Duration::ZERO).expect("start");
     assert_eq!(address_of(fd.as_raw_fd(), libc::SYS_getpeername).expect("peer"), (record.client, true));
     let mut server = TcpStream::from(OwnedFd::from(fd));
@@ -187,9 +199,12 @@ fn a_taken_4_tuple_gets_another_port_and_a_mapped_socket_serves_ipv4() {
 #[test]
 fn a_lost_connection_is_reset() {
     let (mut client, server) = pair("127.0.0.1:0");
-    let record = dump(server.as_raw_fd(), 1 << 20).expect("dump");
+    let record = dumped(&server, 1 << 20).expect("dump");
     vacate(server.as_raw_fd()).expect("vacate");
-    restore(&record, record.local, false, Duration::ZERO).expect("restore").reset().expect("reset");
+    restore(&record, record.local, false, Duration::ZERO, &mut spare())
+        .expect("restore")
+        .reset()
+        .expect("reset");
     let e = client.read(&mut [0; 1]).expect_err("a reset");
     assert_eq!(e.kind(), io::ErrorKind::ConnectionReset);
 }
@@ -230,4 +245,36 @@ fn options_travel() {
         1,
         "the receive buffer grows by itself, the send buffer does not"
     );
+}
+
+#[test]
+fn what_comes_after_the_dump_is_seen() {
+    let (mut client, server) = pair("127.0.0.1:0");
+    client.write_all(b"before").expect("write");
+    wait_queued(&server, 6);
+    let record = dumped(&server, 1 << 20).expect("dump");
+    client.write_all(b"after").expect("write");
+    client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    let end = Instant::now() + Duration::from_secs(10);
+    let late = loop {
+        let late = arrived_since(server.as_raw_fd(), &record).expect("a look");
+        match late {
+            Some(late) if late.fin => break late,
+            _ => assert!(Instant::now() < end, "{late:?}"),
+        }
+    };
+    assert_eq!(late, Late { data: b"after".to_vec(), fin: true });
+}
+
+#[test]
+fn a_live_socket_is_withdrawn_without_a_packet() {
+    let (mut client, server) = pair("127.0.0.1:0");
+    let mut moved = moved(server);
+    moved.write_all(b"hello").expect("write");
+    client.read_exact(&mut [0; 5]).expect("read");
+    assert!(acknowledged(moved.as_raw_fd()).expect("TCP_INFO") <= 5);
+    withdraw(moved.as_raw_fd()).expect("withdraw");
+    assert_eq!(moved.write(b"x").expect_err("empty").kind(), io::ErrorKind::BrokenPipe);
+    client.set_read_timeout(Some(Duration::from_millis(50))).expect("time-out");
+    assert_eq!(client.read(&mut [0; 1]).expect_err("silence").kind(), io::ErrorKind::WouldBlock);
 }

@@ -1,0 +1,44 @@
+"""Opens connections one after the other and makes one request on each: COUNT HOST PATH.
+
+Prints the node that answered and the time to the response's last byte, one line a connection, microseconds.
+"""
+
+import socket
+import sys
+import time
+
+BUFFER = 1 << 18
+
+
+def request(connection, path):
+    """Sends a GET; the answering node, when the whole response is there."""
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: bench.test\r\n\r\n".encode())
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(BUFFER)
+        if not piece:
+            raise EOFError("the connection ended in a head")
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    left = int(fields[b"content-length"]) - len(body)
+    while left > 0:
+        piece = connection.recv(BUFFER)
+        if not piece:
+            raise EOFError("the connection ended in a body")
+        left -= len(piece)
+    return fields[b"x-node"].decode()
+
+
+def main():
+    count, host, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    for _ in range(count):
+        with socket.create_connection((host, 80), timeout=10) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            begun = time.perf_counter()
+            node = request(connection, path)
+            print(node, round((time.perf_counter() - begun) * 1e6))
+
+
+if __name__ == "__main__":
+    main()

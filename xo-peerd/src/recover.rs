@@ -1,0 +1,139 @@
+//! From one daemon's life to the next: flows that the kernel went on steering are found in the pinned maps.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use xo_bpf_abi::{Action, FlowEntry, FlowKey, RewriteEntry};
+use xo_proto::handoff::{Host, HostState, LIMITS, Target, TargetState};
+use xo_proto::reason::Reason;
+use xo_proto::wire::{PeerMessage, Refuse};
+use xo_sys::tcp_repair::Ends;
+
+use crate::engine::{Engine, Timer};
+use crate::host::HostFlow;
+use crate::steer;
+use crate::target::Served;
+
+/// How long a stopping daemon waits for hand-offs that are under way.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+
+impl Engine {
+    /// Takes over what an earlier daemon has left in the maps.
+    pub(crate) fn recover(&mut self) {
+        for (key, entry) in self.steer.all_flows() {
+            self.recover_hosted(key, &entry);
+        }
+        for (key, entry) in self.steer.all_rewrites() {
+            self.recover_served(key, &entry);
+        }
+        if !self.hosted.is_empty() || !self.served.is_empty() || !self.gone.is_empty() {
+            log::info!(
+                "found {} connections offloaded from here and {} served here, {} that ended meanwhile",
+                self.hosted.len(),
+                self.served.len(),
+                self.gone.len()
+            );
+        }
+    }
+
+    fn recover_hosted(&mut self, key: FlowKey, entry: &FlowEntry) {
+        let Some(target) = self.state.named(entry.peer).cloned() else {
+            log::error!("a flow entry of an unknown target: removed");
+            let _ = self.steer.remove_flow(&key, entry.flow_id);
+            return;
+        };
+        let Some(address) = target.address else { return };
+        let redirected = entry.action == Action::Redirect as u32;
+        let ends = Ends {
+            client: steer::address(key.remote, key.remote_port),
+            local: steer::address(key.local, key.local_port),
+            v6_socket: false,
+        };
+        let mut flow = HostFlow::new(Host::recovered(redirected), ends, key, target.name.clone(), address);
+        if redirected {
+            flow.to = Some(steer::address(entry.to_addr, entry.to_port));
+        } else {
+            // Its library, if it is still there, brings the socket. The target knows whether it serves it.
+            self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(entry.flow_id));
+        }
+        self.hosted.insert(entry.flow_id, flow);
+        self.want(&target.name, address);
+    }
+
+    fn recover_served(&mut self, key: FlowKey, entry: &RewriteEntry) {
+        let names = (self.state.named(entry.peer), self.state.named(entry.handler.into()));
+        let (Some(host), Some(handler)) = names else {
+            log::error!("a rewrite entry of an unknown host: removed");
+            let _ = self.steer.remove_rewrite(&key, entry.flow_id);
+            return;
+        };
+        let (client, local) =
+            (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
+        let served_key = (Rc::from(host.name.as_str()), entry.flow_id);
+        if !matches!(self.diag.state(local, client), Ok(Some(_))) {
+            // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
+            self.gone.push((served_key, key));
+            return;
+        }
+        let host = steer::address(entry.from_addr, entry.from_port);
+        let mut served = Served::new(Target::recovered(), &handler.name, client, host);
+        served.local = local;
+        served.rewrite = Some(key);
+        served.watch();
+        self.served.insert(served_key, served);
+    }
+
+    /// A host is connected again: connections that ended while there was no daemon here are not its any more.
+    pub(crate) fn tell_gone(&mut self, node: &str) {
+        let its = self.gone.extract_if(.., |((host, _), _)| **host == *node).collect::<Vec<_>>();
+        for ((host, id), key) in its {
+            let refuse = Refuse { id, reason: Reason::PeerLost, detail: "ended meanwhile".into() };
+            if let Some(index) = self.connection_to(&host, None) {
+                self.send_to(index, &PeerMessage::Refuse(refuse));
+            }
+            if let Err(e) = self.steer.remove_rewrite(&key, id) {
+                log::error!("removing a source rewrite: {e}");
+            }
+        }
+    }
+
+    /// SIGTERM or SIGINT: hand-offs under way are finished; the second time, at once.
+    pub(crate) fn begin_stop(&mut self) {
+        if self.stop_by.is_some() {
+            self.stop_by = Some(Instant::now());
+            return;
+        }
+        self.stop_by = Some(Instant::now() + STOP_PATIENCE);
+    }
+
+    /// No new hand-offs.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop_by.is_some()
+    }
+
+    /// Is it time to go?
+    pub(crate) fn may_stop(&self) -> bool {
+        let settled = [HostState::Redirected, HostState::Offloaded];
+        let under_way = self.hosted.values().any(|f| !settled.contains(&f.state()))
+            || self.served.values().any(|s| !matches!(s.state(), TargetState::Served | TargetState::Closing));
+        self.stop_by.is_some_and(|when| !under_way || Instant::now() >= when)
+    }
+
+    /// The last thing: what the kernel goes on doing stays, if there is something; else nothing stays.
+    pub(crate) fn leave(&mut self) {
+        let (hosted, served) = (self.hosted.len(), self.served.len() + self.gone.len());
+        if hosted + served == 0 {
+            self.steer.unpin();
+            self.state.remove();
+        } else if self.steer.is_pinned() {
+            log::info!(
+                "{hosted} connections offloaded from here and {served} served here go on; the next xo-peerd finds them"
+            );
+        } else {
+            log::warn!(
+                "{hosted} connections offloaded from here and {served} served here end: steering is not pinned"
+            );
+            self.state.remove();
+        }
+    }
+}

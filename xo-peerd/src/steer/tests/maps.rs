@@ -1,0 +1,137 @@
+//! The daemon's side of the maps: who owns an entry, how many there are, what a load refuses.
+
+use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
+
+use super::super::*;
+use super::bench::{Bench, Hook, Verdict};
+use super::frame::frame;
+
+fn key(client_port: u16) -> FlowKey {
+    flow_key(SocketAddr::from(([192, 0, 2, 7], client_port)), SocketAddr::from(([10, 2, 0, 2], 80)))
+}
+
+fn target() -> SocketAddr {
+    SocketAddr::from(([10, 3, 0, 2], 8080))
+}
+
+#[test]
+fn only_what_was_removed_is_counted_out() {
+    let mut steer = Bench::new().steer;
+    steer.hold(&key(1), 7, 0).expect("an entry");
+    steer.hold(&key(2), 8, 0).expect("an entry");
+    steer.rewrite(&key(1), 7, (0, 0), target()).expect("an entry");
+    assert_eq!(steer.flow_entries(), 3);
+    for (what, removed) in [
+        ("another's flow entry", steer.remove_flow(&key(1), 8)),
+        ("no flow entry", steer.remove_flow(&key(3), 7)),
+        ("another's rewrite", steer.remove_rewrite(&key(1), 8)),
+        ("no rewrite", steer.remove_rewrite(&key(2), 8)),
+    ] {
+        assert!(!removed.expect("the map"), "{what}");
+    }
+    assert_eq!(steer.flow_entries(), 3);
+    assert!(steer.flow(&key(1)).is_some() && steer.rewrite_entry(&key(1)).is_some());
+    assert!(steer.remove_flow(&key(1), 7).expect("the map"));
+    assert_eq!((steer.flow(&key(1)), steer.flow_entries()), (None, 2));
+    assert!(!steer.remove_flow(&key(1), 7).expect("the map"), "twice");
+    assert_eq!(steer.flow_entries(), 2);
+    assert!(steer.remove_rewrite(&key(1), 7).expect("the map"));
+    assert_eq!((steer.rewrite_entry(&key(1)), steer.flow_entries()), (None, 1));
+    assert!(!steer.remove_rewrite(&key(1), 7).expect("the map"), "twice");
+    assert!(steer.remove_flow(&key(2), 8).expect("the map"));
+    assert_eq!(steer.flow_entries(), 0);
+}
+
+#[test]
+fn what_the_program_removed_is_counted_out_once() {
+    let mut bench = Bench::new();
+    bench.steer.hold(&key(40000), 7, 0).expect("an entry");
+    bench.steer.hold(&key(40001), 8, 0).expect("an entry");
+    for flags in ["R", "S"] {
+        bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 {flags}")));
+    }
+    assert_eq!(bench.paths(), [("held", 1), ("reused", 1)]);
+    assert_eq!((bench.steer.flow(&key(40000)), bench.steer.flow_entries()), (None, 1));
+    assert!(!bench.steer.remove_flow(&key(40000), 7).expect("the map"), "the program was first");
+    assert_eq!(bench.steer.flow_entries(), 1);
+    // The port's next connection moves as well.
+    bench.steer.hold(&key(40000), 9, 0).expect("an entry");
+    assert_eq!(bench.steer.flow_entries(), 2);
+}
+
+#[test]
+fn an_entry_has_one_owner() {
+    let mut steer = Bench::new().steer;
+    steer.hold(&key(1), 7, 0).expect("an entry");
+    steer.rewrite(&key(1), 7, (0, 0), target()).expect("an entry");
+    assert!(matches!(steer.hold(&key(1), 8, 0), Err(SteerError::Exists)));
+    assert!(matches!(steer.hold(&key(1), 7, 0), Err(SteerError::Exists)), "not even twice by its owner");
+    assert!(matches!(steer.rewrite(&key(1), 8, (0, 0), target()), Err(SteerError::Exists)));
+    assert!(matches!(steer.redirect(&key(1), 8, 0, target()), Err(SteerError::NotOurs)));
+    assert!(matches!(steer.redirect(&key(2), 7, 0, target()), Err(SteerError::NotOurs)), "there is none");
+    let entry = steer.flow(&key(1)).expect("the entry");
+    assert_eq!((entry.flow_id, entry.action), (7, Action::Hold as u32));
+    assert_eq!(steer.flow_entries(), 2);
+}
+
+#[test]
+fn a_full_table_refuses() {
+    let mut steer = Bench::with(2, 4096).steer;
+    for port in [1, 2] {
+        steer.hold(&key(port), 7, 0).expect("room");
+        steer.rewrite(&key(port), 7, (0, 0), target()).expect("room");
+    }
+    assert!(matches!(steer.hold(&key(3), 7, 0), Err(SteerError::Full)));
+    assert!(matches!(steer.rewrite(&key(3), 7, (0, 0), target()), Err(SteerError::Full)));
+    assert_eq!(steer.flow_entries(), 4);
+    assert!(steer.flow(&key(1)).is_some() && steer.flow(&key(2)).is_some(), "nobody was evicted");
+    steer.redirect(&key(1), 7, 0, target()).expect("an update needs no room");
+    assert!(steer.remove_flow(&key(2), 7).expect("the map"));
+    steer.hold(&key(3), 7, 0).expect("room again");
+    assert_eq!(steer.flow_entries(), 4);
+}
+
+/// A FIN that was held is replayed to the target: the redirect must know of it.
+#[test]
+fn a_redirect_knows_how_the_client_closed() {
+    for (flags, expected) in [("FA", FLAG_CLIENT_FIN), ("R", FLAG_CLIENT_RST), ("A", 0)] {
+        let mut bench = Bench::new();
+        bench.steer.hold(&key(40000), 7, 0).expect("an entry");
+        bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 {flags}")));
+        bench.steer.redirect(&key(40000), 7, 0, target()).expect("the flip");
+        let entry = bench.steer.flow(&key(40000)).expect("the entry");
+        let state = (entry.action, entry.flags, entry.packets, entry.bytes, entry.last_ns);
+        assert_eq!(state, (Action::Redirect as u32, expected, 0, 0, 0), "{flags}");
+        let syn = frame("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 S");
+        let verdict = if expected == 0 { Verdict::Redirect } else { Verdict::Pass };
+        assert_eq!(bench.run(Hook::Ingress, &syn).0, verdict, "{flags}");
+    }
+}
+
+#[test]
+fn keys_are_in_network_order_and_mapped() {
+    let v4 = key(0x1234);
+    let remote = u32::from_ne_bytes([192, 0, 2, 7]);
+    assert_eq!(v4.remote, [0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), remote]);
+    assert_eq!((v4.remote_port.to_ne_bytes(), v4.local_port.to_ne_bytes()), ([0x12, 0x34], [0, 80]));
+    let address = |text: &str| -> SocketAddr { text.parse().expect("an address") };
+    let mapped = flow_key(address("[::ffff:192.0.2.7]:4660"), address("[::ffff:10.2.0.2]:80"));
+    assert_eq!(mapped, v4);
+    let v6 = flow_key(address("[2001:db8::7]:1"), address("[fd00:2::2]:2"));
+    assert_eq!(v6.remote[0], u32::from_ne_bytes([0x20, 0x01, 0x0d, 0xb8]));
+    assert_eq!(v6.local[3], u32::from_ne_bytes([0, 0, 0, 2]));
+}
+
+#[test]
+fn what_cannot_be_loaded_says_why() {
+    let error = Steer::load(&[], Sizes { flows: 0, ring: 4096 }, None)
+        .err()
+        .expect("tables without entries")
+        .to_string();
+    assert!(error.starts_with("loading the BPF programs: "), "{error}");
+    let error = Steer::load(&["no-such0".into()], Sizes { flows: 64, ring: 4096 }, None)
+        .err()
+        .expect("no interface")
+        .to_string();
+    assert!(error.starts_with("interface no-such0: "), "{error}");
+}

@@ -1,0 +1,147 @@
+//! The target's side.
+
+use crate::reason::Reason;
+
+/// Where a hand-off stands on the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TargetState {
+    /// `BEGIN_OFFLOAD` came in; nothing is done yet.
+    New,
+    /// Strict order: `TARGET_READY` is out; the restored socket is in repair mode.
+    Ready,
+    /// The socket is live and on its way to the handler.
+    Started,
+    /// Early order: the handler has the socket; the host has not confirmed that it redirects the flow.
+    Unconfirmed,
+    /// The handler has the socket.
+    Served,
+    /// The kernel has forgotten the connection; `CLOSED` is out.
+    Closing,
+    /// Over.
+    Done,
+}
+
+/// What happens to a hand-off on the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetEvent {
+    /// `BEGIN_OFFLOAD`; also when the host repeats it.
+    Begin,
+    /// `Restore` worked, source rewrite included (or why not).
+    Restored(Result<(), Reason>),
+    /// `HOST_READY`.
+    HostReady,
+    /// `ABORT`: the host has taken the connection back, or reset it.
+    Abort,
+    /// `QUERY`, younger than [`super::Limits::fresh`].
+    Query,
+    /// `Start` and the hand-over to the handler worked (or not).
+    Handed(Result<(), Reason>),
+    /// The time limit armed by `SendReady` or `SendClosed` ran out.
+    Deadline,
+    /// The time limit armed by `SendStarted` ran out.
+    Fence {
+        /// The client has acknowledged what was sent from here: the host does redirect its packets.
+        acknowledged: bool,
+    },
+    /// The kernel has forgotten the connection.
+    SocketGone,
+    /// The channel to the host is up again.
+    PeerBack,
+    /// `CLOSED_ACK`.
+    ClosedAck,
+}
+
+/// What the target's driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetAction {
+    /// Restore the socket in repair mode and install the source rewrite; answer with `Restored`.
+    Restore,
+    /// Send `TARGET_READY` and arm the time limit.
+    SendReady,
+    /// Send `TARGET_READY` that says "started", and arm the fence.
+    SendStarted,
+    /// Send `REFUSE`.
+    Refuse(Reason),
+    /// Leave repair mode and give the socket to the handler; answer with `Handed`.
+    Start,
+    /// Send `HANDED`.
+    SendHanded,
+    /// The connection is confirmed: what was kept to take it away again can go.
+    Keep,
+    /// Close the socket in repair mode (silently) and remove the source rewrite.
+    Discard,
+    /// Take the live socket from its handler without a packet, and remove the source rewrite.
+    Withdraw,
+    /// Send `CLOSED` and arm the time limit.
+    SendClosed,
+    /// Remove the source rewrite.
+    RemoveRewrite,
+}
+
+/// One hand-off on the target.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    state: TargetState,
+    early: bool,
+}
+
+impl Target {
+    /// A hand-off that the host allows to start early, and that this target is willing to; or a strict one.
+    #[must_use]
+    pub fn new(early: bool) -> Target {
+        Target { state: TargetState::New, early }
+    }
+
+    /// A connection that a handler of this machine has had since an earlier daemon's days.
+    #[must_use]
+    pub fn recovered() -> Target {
+        Target { state: TargetState::Served, early: false }
+    }
+
+    /// Where the hand-off stands.
+    #[must_use]
+    pub fn state(&self) -> TargetState {
+        self.state
+    }
+
+    /// Does it start before the host has redirected the flow?
+    #[must_use]
+    pub fn early(&self) -> bool {
+        self.early
+    }
+
+    /// As [`super::Host::on`].
+    pub fn on(&mut self, event: &TargetEvent, actions: &mut Vec<TargetAction>) {
+        use TargetAction as A;
+        use TargetEvent as E;
+        use TargetState as S;
+        let early = self.early;
+        let mut then = |next: TargetState, all: &[TargetAction]| {
+            actions.extend_from_slice(all);
+            next
+        };
+        self.state = match (self.state, event) {
+            (S::New, E::Begin) => then(S::New, &[A::Restore]),
+            (S::New, E::Restored(Ok(()))) if early => then(S::Started, &[A::Start]),
+            (S::New, E::Restored(Ok(()))) => then(S::Ready, &[A::SendReady]),
+            (S::New, E::Restored(Err(r))) => then(S::Done, &[A::Refuse(*r)]),
+            (S::New, E::Query) => then(S::Done, &[A::Refuse(Reason::PeerTimeout)]),
+            (S::Ready, E::Begin | E::Query) => then(S::Ready, &[A::SendReady]),
+            (S::Ready, E::HostReady) => then(S::Started, &[A::Start]),
+            (S::Ready, E::Abort | E::Deadline) => then(S::Done, &[A::Discard]),
+            (S::Started, E::Handed(Ok(()))) if early => then(S::Unconfirmed, &[A::SendStarted]),
+            (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded]),
+            (S::Started, E::Handed(Err(r))) => then(S::Done, &[A::Discard, A::Refuse(*r)]),
+            (S::Unconfirmed, E::Begin | E::Query) => then(S::Unconfirmed, &[A::SendStarted]),
+            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::Keep, A::SendHanded]),
+            (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep]),
+            (S::Unconfirmed, E::Fence { acknowledged: false } | E::Abort) => then(S::Done, &[A::Withdraw]),
+            (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
+            (S::Served, E::Query) => then(S::Served, &[A::SendStarted]),
+            (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
+            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack) => then(S::Closing, &[A::SendClosed]),
+            (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
+            (state, _) => state,
+        };
+    }
+}
