@@ -145,7 +145,11 @@ impl Engine {
     ) -> Result<(), String> {
         let (address, v6only) = listening(socket).map_err(|e| format!("not a listening socket: {e}"))?;
         let Some(library) = self.libraries.get(index) else { return Ok(()) };
-        log::debug!("process {} accepts on {}", library.pid, address);
+        log::debug!(
+            "process {} accepts on {address}, {}",
+            library.pid,
+            if channel.is_some() { "by a channel" } else { "woken" }
+        );
         let fd = channel.as_ref().map(|c| c.ours.as_raw_fd());
         let acceptor = Acceptor { library: index, serial: library.serial, address, v6only, channel };
         let number = self.acceptors.insert(acceptor);

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
-use xo_proto::handoff::HostEvent;
+use xo_proto::handoff::{HostEvent, HostState};
 use xo_proto::reason::Reason;
 use xo_proto::wire::HandoffId;
 
@@ -43,7 +43,7 @@ impl Engine {
     pub(crate) fn start_when_connected(&mut self, id: HandoffId) {
         let Some(flow) = self.hosted.get(&id) else { return };
         let (node, address) = (flow.target.clone(), flow.address);
-        if let Some(index) = self.connection_to(&node, self.dials.get(&node).and_then(|d| d.index)) {
+        if let Some(index) = self.connection_to(&node) {
             self.begin_on(id, index);
             return;
         }
@@ -64,7 +64,7 @@ impl Engine {
 
     /// A connection to this node is needed, though no hand-off waits for it.
     pub(crate) fn want(&mut self, node: &str, address: SocketAddr) {
-        if self.connection_to(node, None).is_none() && !self.dials.contains_key(node) {
+        if self.connection_to(node).is_none() && !self.dials.contains_key(node) {
             self.dials.insert(node.to_owned(), Dial::new(address, Instant::now()));
             self.dial(node);
         }
@@ -114,11 +114,13 @@ impl Engine {
 
     /// A connection that we had opened, or tried to, is gone.
     pub(crate) fn dial_failed(&mut self, node: &str) {
+        // While a connection waits for what that node knows, there is no time to lose.
+        let urgent = self.hosted.values().any(|f| f.target == node && f.state() == HostState::Doubt);
         let Some(dial) = self.dials.get_mut(node) else { return };
         dial.index = None;
         dial.give_up = None;
         dial.not_before = Instant::now() + dial.pause;
-        dial.pause = (dial.pause * 2).min(LONGEST_PAUSE);
+        dial.pause = if urgent { FIRST_PAUSE } else { (dial.pause * 2).min(LONGEST_PAUSE) };
         let (parked, again) = (std::mem::take(&mut dial.parked), dial.not_before);
         for id in parked {
             self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));

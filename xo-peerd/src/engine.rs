@@ -379,7 +379,8 @@ impl Engine {
     }
 
     /// Registers a peer connection; returns its index.
-    pub(crate) fn add_peer(&mut self, peer: Peer) -> io::Result<usize> {
+    pub(crate) fn add_peer(&mut self, mut peer: Peer) -> io::Result<usize> {
+        peer.serial = self.next_serial();
         let index = self.peers.insert(peer);
         let token = Token(index << 2 | KIND_PEER);
         let interest = Interest::READABLE | Interest::WRITABLE;
@@ -456,12 +457,10 @@ impl Engine {
         }
     }
 
-    /// A usable connection to a node: `preferred` if it is one, else any.
-    pub(crate) fn connection_to(&self, node: &str, preferred: Option<usize>) -> Option<usize> {
+    /// The newest connection to a node: an older one may be dead without anybody having noticed.
+    pub(crate) fn connection_to(&self, node: &str) -> Option<usize> {
         let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
-        preferred
-            .filter(|&i| self.peers.get(i).is_some_and(is_it))
-            .or_else(|| self.peers.iter().find(|(_, p)| is_it(p)).map(|(i, _)| i))
+        self.peers.iter().filter(|(_, p)| is_it(p)).max_by_key(|(_, p)| p.serial).map(|(i, _)| i)
     }
 
     /// Node name of a peer that has said hello.
@@ -479,6 +478,7 @@ impl Engine {
         }
         if let Some(hello) = &peer.hello {
             self.peer_lost(&hello.node);
+            self.closed_again(Some(&hello.node));
         }
         if let Some((node, _)) = peer.dialled {
             self.dial_failed(&node);

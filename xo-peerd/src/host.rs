@@ -26,6 +26,8 @@ use crate::steer::{SteerError, flow_key};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
 const MAX_QUEUES: usize = 15 << 20;
+/// How long a target that serves a connection, but whose daemon is away, is waited for.
+const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
 /// So has one that has been idle for this long while the target's daemon cannot be reached.
@@ -257,6 +259,10 @@ impl Engine {
         let Some(flow) = self.hosted.get(&id) else { return };
         let served =
             flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        if served && flow.since.elapsed() < RESTART_PATIENCE {
+            // The client's packets are kept meanwhile, and a daemon that was restarted tells where they are to go.
+            return self.at(Instant::now() + LIMITS.answer, Timer::HostDoubt(id));
+        }
         self.host_event(id, HostEvent::DoubtOver { served });
     }
 
@@ -276,7 +282,7 @@ impl Engine {
         for id in ids {
             self.host_event(id, HostEvent::PeerBack);
         }
-        self.served_peer_back(node);
+        self.closed_again(Some(node));
     }
 
     /// Feeds the state machine and carries out what it says.
@@ -344,7 +350,7 @@ impl Engine {
 
     fn connection_of(&self, id: HandoffId) -> Option<usize> {
         let flow = self.hosted.get(&id)?;
-        self.connection_to(&flow.target, flow.peer)
+        self.connection_to(&flow.target)
     }
 
     fn send_about(&mut self, id: HandoffId, message: &PeerMessage) {
@@ -483,7 +489,7 @@ impl Engine {
             let Some(entry) = self.steer.flow(&f.key) else { return true };
             let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns)).min(f.since.elapsed());
             let closed = entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0;
-            let away = self.connection_to(&f.target, f.peer).is_none();
+            let away = self.connection_to(&f.target).is_none();
             (closed && idle > ORPHAN_AFTER) || (away && idle > AWAY_AFTER)
         };
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| orphan(f)).map(|(id, _)| *id).collect();

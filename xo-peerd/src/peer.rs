@@ -41,6 +41,8 @@ pub(crate) enum PeerError {
 
 /// A connection to another daemon.
 pub(crate) struct Peer {
+    /// Higher than that of any earlier connection.
+    pub(crate) serial: u64,
     stream: TcpStream,
     tls: Option<Box<Connection>>,
     input: Vec<u8>,
@@ -78,6 +80,7 @@ impl Peer {
             Box::new(c)
         });
         let mut peer = Peer {
+            serial: 0,
             stream,
             tls,
             input: Vec::with_capacity(READ),

@@ -88,7 +88,7 @@ impl Engine {
         let its = self.gone.extract_if(.., |((host, _), _)| **host == *node).collect::<Vec<_>>();
         for ((host, id), key) in its {
             let refuse = Refuse { id, reason: Reason::PeerLost, detail: "ended meanwhile".into() };
-            if let Some(index) = self.connection_to(&host, None) {
+            if let Some(index) = self.connection_to(&host) {
                 self.send_to(index, &PeerMessage::Refuse(refuse));
             }
             if let Err(e) = self.steer.remove_rewrite(&key, id) {

@@ -28,7 +28,6 @@ const LONGEST_LOOK: Duration = Duration::from_secs(1);
 /// One connection of another host, served here or about to be.
 pub(crate) struct Served {
     machine: Target,
-    peer: usize,
     begin: Option<Box<BeginOffload>>,
     restored: Option<Repaired>,
     /// Early order: a duplicate of the live socket, until the host has confirmed.
@@ -66,7 +65,6 @@ impl Served {
     pub(crate) fn new(machine: Target, handler: &str, client: SocketAddr, host: SocketAddr) -> Served {
         Served {
             machine,
-            peer: usize::MAX,
             begin: None,
             restored: None,
             kept: None,
@@ -118,7 +116,6 @@ impl Engine {
             let early = begin.start && fresh && matches!(mode, Some(HandlerMode::Attach { .. }));
             let mut served =
                 Served::new(Target::new(early), &begin.handler, begin.record.client, begin.record.local);
-            served.peer = index;
             served.begun_ns = begun_ns;
             served.begin = Some(Box::new(begin));
             self.served.insert(key.clone(), served);
@@ -153,10 +150,9 @@ impl Engine {
         let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(query.sent_ns));
         let Some(node) = self.node_of(index) else { return };
         let key = (node, query.id);
-        if let Some(served) = self.served.get_mut(&key) {
+        if self.served.contains_key(&key) {
             // An old question must not keep a connection alive that the host may have taken back since.
             if fresh {
-                served.peer = index;
                 self.target_event(&key, &TargetEvent::Query);
             }
             return;
@@ -200,11 +196,12 @@ impl Engine {
         self.target_event(key, &TargetEvent::Deadline);
     }
 
-    /// A host is connected again.
-    pub(crate) fn served_peer_back(&mut self, node: &str) {
+    /// `CLOSED` may have been lost with a channel: says it again, to one host or to all.
+    pub(crate) fn closed_again(&mut self, node: Option<&str>) {
         let waits = |s: &Served| s.state() == TargetState::Closing;
+        let is_its = |host: &str| node.is_none_or(|n| n == host);
         let keys: Vec<_> =
-            self.served.iter().filter(|(k, s)| *k.0 == *node && waits(s)).map(|(k, _)| k.clone()).collect();
+            self.served.iter().filter(|(k, s)| is_its(&k.0) && waits(s)).map(|(k, _)| k.clone()).collect();
         for key in keys {
             self.target_event(&key, &TargetEvent::PeerBack);
         }
@@ -274,8 +271,7 @@ impl Engine {
     }
 
     fn send_to_host(&mut self, key: &ServedKey, message: &PeerMessage) {
-        let preferred = self.served.get(key).map(|s| s.peer);
-        if let Some(index) = self.connection_to(&key.0, preferred) {
+        if let Some(index) = self.connection_to(&key.0) {
             self.send_to(index, message);
         }
     }
@@ -501,6 +497,7 @@ impl Engine {
 
     /// Now and then: connections whose end nobody reported.
     pub(crate) fn sweep_served(&mut self, now: Instant) {
+        self.closed_again(None);
         for served in self.served.values_mut() {
             if served.state() == TargetState::Served
                 && served.ending.is_none()

@@ -8,6 +8,7 @@ use xo_proto::slot::Counter;
 
 use crate::config::{Handler, HandlerMode};
 use crate::engine::Engine;
+use crate::host::HostFlow;
 use crate::metrics::{Live, PeerView};
 
 /// Names of the library's counters beyond the reasons.
@@ -21,7 +22,8 @@ const LIBRARY: [(Counter, &str); 4] = [
 impl Engine {
     /// The present state, for the metrics.
     pub(crate) fn live(&self) -> Live {
-        let hosted = self.hosted.values().filter(|f| f.state() == HostState::Offloaded).count() as u64;
+        let away = |f: &&HostFlow| matches!(f.state(), HostState::Redirected | HostState::Offloaded);
+        let hosted = self.hosted.values().filter(away).count() as u64;
         let served = self.served.values().filter(|s| s.state() == TargetState::Served).count() as u64;
         let counters = self.steer.counters();
         Live {
@@ -84,7 +86,7 @@ impl Engine {
 
     fn peer_views(&self) -> Vec<PeerView> {
         let dialled = self.dials.iter().map(|(node, dial)| {
-            let up = self.connection_to(node, dial.index).is_some();
+            let up = self.connection_to(node).is_some();
             let state = if up { "connected" } else { "away" };
             PeerView { name: node.clone(), address: dial.address.to_string(), state: state.into() }
         });

@@ -15,8 +15,10 @@ use crate::conn::{self, Kind};
 use crate::fdtable::{self, Entry};
 use crate::{daemon, init, lifecycle, register};
 
-/// How long a connection may stay in repair mode after it was passed on.
-const LIVE: Duration = Duration::from_millis(5);
+/// A connection that was passed on leaves repair mode in a moment: yield, then pause, then give up.
+const SPIN: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
@@ -106,14 +108,19 @@ pub(crate) fn accept(
     }
 }
 
-/// The daemon takes a connection out of repair mode right after passing it on, unless it died in between.
+/// The daemon takes a connection out of repair mode right after passing it on, unless it died in between. It may not
+/// have got round to it: it lost its processor when it woke us.
 fn is_live(socket: &Fd) -> bool {
-    let end = raw::monotonic() + LIVE;
+    let begun = raw::monotonic();
     while tcp_repair::in_repair(socket.as_raw_fd()) {
-        if raw::monotonic() > end {
+        let waited = raw::monotonic().saturating_sub(begun);
+        if waited < SPIN {
+            raw::yield_processor();
+        } else if daemon::is_answering() && waited < PATIENCE {
+            raw::wait_readable(-1, PAUSE);
+        } else {
             return false;
         }
-        raw::yield_processor();
     }
     true
 }

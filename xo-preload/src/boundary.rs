@@ -65,7 +65,7 @@ pub(crate) fn verdict(
     let state = match conn.slot_state(index) {
         PENDING if nonblocking => {
             daemon::check();
-            match daemon::slot_state(index) {
+            match conn.slot_state(index) {
                 PENDING => return Some(Outcome::Error(libc::EAGAIN)),
                 state => state,
             }

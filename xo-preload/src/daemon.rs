@@ -133,10 +133,10 @@ pub(crate) fn open() -> bool {
         NOT_BEFORE.store(0, Ordering::Relaxed);
         register::forget();
     }
-    // Being asked too early does not put the next attempt off.
     let due = raw::monotonic().as_nanos() as u64 >= NOT_BEFORE.load(Ordering::Relaxed);
     let opened = due && connect();
-    if due && !opened && fd() < 0 {
+    // Only an attempt begins a pause: a busy server asks all the time.
+    if due && !opened {
         NOT_BEFORE.store((raw::monotonic() + pause()).as_nanos() as u64, Ordering::Relaxed);
     }
     OPENING.store(false, Ordering::Release);
@@ -174,6 +174,7 @@ fn connect() -> bool {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
+            conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
             EPOCH.fetch_add(1, Ordering::Relaxed);
@@ -212,6 +213,12 @@ fn recover(old: &SlotTable, channel: RawFd) {
             state => new.set(index, state),
         }
     }
+}
+
+/// Has the daemon not hung up?
+pub(crate) fn is_answering() -> bool {
+    let fd = fd();
+    fd >= 0 && !raw::is_hung_up(fd)
 }
 
 /// Is the daemon still there? If not, see [`lost`].

@@ -107,6 +107,10 @@ fn settle_with(epoll: c_int) {
         if r.channel.load(Ordering::Acquire) >= 0 {
             continue;
         }
+        if fdtable::get(r.epoll.load(Ordering::Relaxed)) == Entry::Epoll {
+            // Its channel has ended, and a new one is made when there is a daemon.
+            continue;
+        }
         if r.epoll.load(Ordering::Relaxed) != epoll {
             UNSETTLED.store(true, Ordering::Relaxed);
         } else if !waker(r.listener.load(Ordering::Relaxed)) {
@@ -145,6 +149,9 @@ impl Registration {
             if epoll_ctl(epoll, libc::EPOLL_CTL_MOD, known, &event).is_err() {
                 let _ = epoll_ctl(epoll, libc::EPOLL_CTL_ADD, known, &event);
             }
+            return;
+        }
+        if !daemon::is_open() {
             return;
         }
         let Ok((ours, theirs)) = fdpass::pair() else { return };
@@ -266,8 +273,13 @@ pub(crate) fn forget() {
     WAKERS.iter().for_each(|w| w.store(-1, Ordering::Release));
 }
 
+/// Is this listening socket in an epoll that has a channel, or will have one again when there is a daemon?
 fn has_channel(listener: c_int) -> bool {
-    used().any(|r| r.listener.load(Ordering::Relaxed) == listener && r.channel.load(Ordering::Acquire) >= 0)
+    used().any(|r| {
+        r.listener.load(Ordering::Relaxed) == listener
+            && (r.channel.load(Ordering::Acquire) >= 0
+                || fdtable::get(r.epoll.load(Ordering::Relaxed)) == Entry::Epoll)
+    })
 }
 
 /// Does the server wait for this listening socket with epoll, as far as we have seen?

@@ -38,6 +38,12 @@ pub struct PolicyError {
     pub message: String,
 }
 
+impl PolicyError {
+    fn of(self, variable: &str) -> PolicyError {
+        PolicyError { message: format!("{variable}: {}", self.message), ..self }
+    }
+}
+
 /// Where requests may go.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
@@ -99,13 +105,13 @@ impl Policy {
         }
         let mut parts = text.map(file::parts).transpose()?.unwrap_or_default();
         if let Some(listen) = listen {
-            parts.listen = line::listen(listen)?;
+            parts.listen = line::listen(listen).map_err(|e| e.of("XO_LISTEN"))?;
         }
         if let Some(targets) = targets {
-            parts.targets = line::targets(targets)?;
+            parts.targets = line::targets(targets).map_err(|e| e.of("XO_TARGETS"))?;
         }
         if let Some(rules) = rules {
-            parts.rules = line::rules(rules)?;
+            parts.rules = line::rules(rules).map_err(|e| e.of("XO_RULES"))?;
         }
         parts.build(text.unwrap_or_default()).map(Some)
     }
@@ -136,15 +142,6 @@ struct RawRule {
 
 impl Parts {
     fn build(self, text: &str) -> Result<Policy, PolicyError> {
-        if let Some(twice) = self
-            .listen
-            .iter()
-            .enumerate()
-            .find(|(i, p)| self.listen.iter().take(*i).any(|q| q.value == p.value))
-        {
-            let message = format!("port {} stands twice in `listen`", twice.1.value);
-            return Err(error_at(text, twice.1.offset, message));
-        }
         let mut rules = Vec::with_capacity(self.rules.len());
         for raw in self.rules {
             let text = raw.source.as_deref().unwrap_or(text);
@@ -158,7 +155,8 @@ impl Parts {
                     let known = self.targets.iter().map(|(n, _)| n.value.as_str()).chain([LOCAL]);
                     let message =
                         format!("unknown target `{}`{}", name.value, suggestion(&name.value, known));
-                    return Err(error_at(text, name.offset, message));
+                    let error = error_at(text, name.offset, message);
+                    return Err(if raw.source.is_some() { error.of("XO_RULES") } else { error });
                 };
                 targets.push(Target { name: name.value.clone(), address: *address });
             }
@@ -169,9 +167,42 @@ impl Parts {
     }
 }
 
+/// `text` is what the offsets refer to.
+fn check_listen(text: &str, listen: &[At<u16>]) -> Result<(), PolicyError> {
+    for (i, port) in listen.iter().enumerate() {
+        if port.value == 0 {
+            return Err(error_at(text, port.offset, "`0` is not a port"));
+        }
+        if listen.iter().take(i).any(|p| p.value == port.value) {
+            let message = format!("port {} stands twice in `listen`", port.value);
+            return Err(error_at(text, port.offset, message));
+        }
+    }
+    Ok(())
+}
+
+/// As [`check_listen`].
+fn check_targets(text: &str, targets: &[(At<String>, SocketAddr)]) -> Result<(), PolicyError> {
+    for (i, (name, _)) in targets.iter().enumerate() {
+        if name.value == LOCAL {
+            let message = "`local` names the host itself and cannot be a target";
+            return Err(error_at(text, name.offset, message));
+        }
+        if targets.iter().take(i).any(|(n, _)| n.value == name.value) {
+            return Err(error_at(text, name.offset, format!("target `{}` stands twice", name.value)));
+        }
+    }
+    Ok(())
+}
+
 fn error_at(text: &str, offset: usize, message: impl Into<String>) -> PolicyError {
     let (line, column) = position(text, offset);
-    PolicyError { line, column, message: message.into() }
+    let mut one_line = String::new();
+    // Quoted parts of the policy may hold anything.
+    for c in message.into().chars() {
+        if c.is_control() { one_line.extend(c.escape_default()) } else { one_line.push(c) }
+    }
+    PolicyError { line, column, message: one_line }
 }
 
 /// Line and column (in characters), from 1, of a byte offset.

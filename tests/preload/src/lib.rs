@@ -7,8 +7,11 @@ pub mod bed;
 pub mod client;
 pub mod content;
 pub mod counters;
+pub mod framer;
+pub mod hostile;
 pub mod kinds;
 pub mod load;
+pub mod plain;
 pub mod program;
 pub mod servers;
 

@@ -106,6 +106,7 @@ fn the_hosts_daemon_is_killed_while_the_target_is_asked() {
         bed.wait_acceptors("t1", "web", 4);
         // The channel is up, and quick.
         drop(offloaded(&bed, 2, "/img/1k"));
+        bed.wait_idle(&["host", "t1"]);
         let before = Counters::of(&bed);
         target.signal(libc::SIGSTOP);
         let request = hanging(&bed);
@@ -132,6 +133,7 @@ fn the_targets_daemon_is_killed_while_it_is_asked() {
         let _servers = ["host", "t1"].map(|n| bed.nginx(n));
         bed.wait_acceptors("t1", "web", 4);
         drop(offloaded(&bed, 2, "/img/1k"));
+        bed.wait_idle(&["host", "t1"]);
         let before = Counters::of(&bed);
         target.signal(libc::SIGSTOP);
         let request = hanging(&bed);
@@ -154,6 +156,7 @@ fn a_target_that_answers_too_late() {
         let _servers = ["host", "t1"].map(|n| bed.nginx(n));
         bed.wait_acceptors("t1", "web", 4);
         drop(offloaded(&bed, 2, "/img/1k"));
+        bed.wait_idle(&["host", "t1"]);
         let before = Counters::of(&bed);
         target.signal(libc::SIGSTOP);
         let (node, took) = hanging(&bed).join().expect("served");
@@ -185,7 +188,8 @@ fn killed_under_load(victim: &str) {
                 while !stop.load(Ordering::Relaxed) {
                     let mut c = Connection::to(&address("host"), 80).expect("connect");
                     for path in ["/loc/1k", "/img/1k", "/img/64k"] {
-                        c.get(path).unwrap_or_else(|e| panic!("{path}: {e}"));
+                        let from = c.stream().local_addr();
+                        c.get(path).unwrap_or_else(|e| panic!("{path} from {from:?}: {e}"));
                         answered.fetch_add(1, Ordering::Relaxed);
                     }
                 }

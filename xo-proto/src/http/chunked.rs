@@ -1,6 +1,6 @@
 //! The chunked transfer coding (RFC 9112 section 7.1), followed byte by byte and skipped data in one step.
 
-/// Longest chunk-size line or trailer line that is followed, bytes.
+/// Longest chunk extension or trailer section that is followed, bytes.
 const MAX_LINE: u16 = 8192;
 
 /// Where in a chunked body the stream stands.
@@ -8,8 +8,8 @@ const MAX_LINE: u16 = 8192;
 pub(super) enum Chunked {
     /// In the hexadecimal size; the digits so far.
     Size { value: u64, digits: u8 },
-    /// In an extension, until the line's end.
-    Extension { value: u64, seen: u16, cr: bool },
+    /// After the size: white space, and from a semicolon on an extension, until the line's end.
+    Extension { value: u64, seen: u16, begun: bool },
     /// After the CR of the size line.
     SizeLf { value: u64 },
     /// In the data; how much is left.
@@ -18,8 +18,10 @@ pub(super) enum Chunked {
     DataCr,
     /// Before the LF after the data.
     DataLf,
-    /// In the trailer section; length of the line so far, CR seen.
-    Trailer { line: u16, seen: u16, cr: bool },
+    /// In the trailer section; bytes of it so far, at the beginning of a line or not.
+    Trailer { seen: u16, begin: bool },
+    /// After the CR of a trailer line; `end` for the empty one.
+    TrailerLf { seen: u16, end: bool },
     /// Complete.
     Done,
     /// Not the chunked coding.
@@ -58,28 +60,29 @@ impl Chunked {
         true
     }
 
+    /// Lines end with CRLF here and nowhere else: servers differ on what a bare CR or LF means, in an extension most
+    /// of all.
     fn step(self, byte: u8) -> Chunked {
         match (self, byte) {
             (Chunked::Size { value, digits }, _) => size(value, digits, byte),
-            (Chunked::Extension { seen: MAX_LINE.., .. }, _) => Chunked::Bad,
-            (Chunked::Extension { value, .. }, b'\n') => after_size(value),
-            (Chunked::Extension { cr: true, .. }, _) => Chunked::Bad,
-            (Chunked::Extension { value, seen, cr: false }, _) => {
-                Chunked::Extension { value, seen: seen + 1, cr: byte == b'\r' }
-            }
-            (Chunked::SizeLf { value }, b'\n') => after_size(value),
+            (Chunked::Extension { value, .. }, b'\r') => Chunked::SizeLf { value },
+            (Chunked::Extension { value, seen, begun }, _) if seen < MAX_LINE => match byte {
+                b';' | b' ' | b'\t' => {
+                    Chunked::Extension { value, seen: seen + 1, begun: begun || byte == b';' }
+                }
+                _ if begun && is_text(byte) => Chunked::Extension { value, seen: seen + 1, begun },
+                _ => Chunked::Bad,
+            },
+            (Chunked::SizeLf { value: 0 }, b'\n') => Chunked::Trailer { seen: 0, begin: true },
+            (Chunked::SizeLf { value }, b'\n') => Chunked::Data { left: value },
             (Chunked::DataCr, b'\r') => Chunked::DataLf,
-            // nginx and others take a bare LF here; a sender of one is not worth following.
             (Chunked::DataLf, b'\n') => Chunked::new(),
-            (Chunked::Trailer { line: 0, .. }, b'\n') => Chunked::Done,
-            (Chunked::Trailer { seen, .. }, b'\n') => Chunked::Trailer { line: 0, seen, cr: false },
-            (Chunked::Trailer { cr: true, .. } | Chunked::Trailer { seen: MAX_LINE.., .. }, _) => {
-                Chunked::Bad
+            (Chunked::Trailer { seen, begin }, b'\r') => Chunked::TrailerLf { seen, end: begin },
+            (Chunked::Trailer { seen, .. }, _) if seen < MAX_LINE && is_text(byte) => {
+                Chunked::Trailer { seen: seen + 1, begin: false }
             }
-            (Chunked::Trailer { line, seen, cr: false }, b'\r') => Chunked::Trailer { line, seen, cr: true },
-            (Chunked::Trailer { line, seen, .. }, _) => {
-                Chunked::Trailer { line: line.saturating_add(1), seen: seen + 1, cr: false }
-            }
+            (Chunked::TrailerLf { end: true, .. }, b'\n') => Chunked::Done,
+            (Chunked::TrailerLf { seen, .. }, b'\n') => Chunked::Trailer { seen, begin: true },
             _ => Chunked::Bad,
         }
     }
@@ -90,11 +93,14 @@ fn size(value: u64, digits: u8, byte: u8) -> Chunked {
         // 15 digits are a petabyte; more is an attack on somebody's arithmetic.
         (Some(d), _) if digits < 15 => Chunked::Size { value: value << 4 | u64::from(d), digits: digits + 1 },
         (None, b'\r') if digits > 0 => Chunked::SizeLf { value },
-        (None, b';' | b' ' | b'\t') if digits > 0 => Chunked::Extension { value, seen: 0, cr: false },
+        (None, b';' | b' ' | b'\t') if digits > 0 => {
+            Chunked::Extension { value, seen: 0, begun: byte == b';' }
+        }
         _ => Chunked::Bad,
     }
 }
 
-fn after_size(value: u64) -> Chunked {
-    if value == 0 { Chunked::Trailer { line: 0, seen: 0, cr: false } } else { Chunked::Data { left: value } }
+/// May stand in a line: no control character but the tab.
+fn is_text(byte: u8) -> bool {
+    byte == b'\t' || !byte.is_ascii_control()
 }

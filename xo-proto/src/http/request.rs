@@ -104,7 +104,7 @@ pub fn parse_head(bytes: &[u8]) -> Head<'_> {
         minor,
         len,
         body: Body::None,
-        close: minor == 0,
+        close: false,
         upgrade: method == "CONNECT",
         expect_continue: false,
         fields,
@@ -122,8 +122,8 @@ pub fn parse_head(bytes: &[u8]) -> Head<'_> {
 /// The first byte tells TLS, SSH greetings and binary protocols from a method; a few more tell the rest.
 fn begins_like_http(bytes: &[u8]) -> bool {
     // A CRLF or two before the request line is tolerated by RFC 9112 section 2.2.
-    let begin = bytes.iter().take(4).position(|b| !matches!(b, b'\r' | b'\n'));
-    let Some(rest) = begin.and_then(|n| bytes.get(n..)) else { return bytes.len() < 4 };
+    let begin = bytes.iter().take(5).position(|b| !matches!(b, b'\r' | b'\n'));
+    let Some(rest) = begin.and_then(|n| bytes.get(n..)) else { return bytes.len() < 5 };
     let end = rest.iter().position(|b| *b == b' ').unwrap_or(rest.len());
     end > 0 && end <= 32 && rest.iter().take(end).all(|b| b.is_ascii_alphabetic() || matches!(b, b'-' | b'_'))
 }
@@ -169,9 +169,7 @@ impl<'b> RequestHead<'b> {
                 self.host = std::str::from_utf8(h.value).ok();
             }
         }
-        if self.minor == 0 && keep_alive {
-            self.close = false;
-        }
+        self.close |= self.minor == 0 && !keep_alive;
         self.body = match (length, coding) {
             (_, Some(false)) | (Some(_), Some(_)) => return Err(Reason::AmbiguousFraming),
             (None, Some(true)) if self.minor == 0 => return Err(Reason::AmbiguousFraming),
@@ -184,10 +182,9 @@ impl<'b> RequestHead<'b> {
 
     fn split_target(&mut self) {
         let mut rest = self.target;
-        let scheme = ["http://", "https://"]
-            .iter()
-            .find(|s| rest.get(..s.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(s)));
-        if let Some(authority) = scheme.and_then(|s| rest.get(s.len()..)) {
+        // Servers take any scheme for HTTP's.
+        let absolute = rest.split_once("://").filter(|(scheme, _)| is_scheme(scheme));
+        if let Some((_, authority)) = absolute {
             let end = authority.find(['/', '?']).unwrap_or(authority.len());
             self.host = authority.get(..end);
             rest = authority.get(end..).unwrap_or_default();
@@ -202,7 +199,14 @@ impl<'b> RequestHead<'b> {
     }
 }
 
-fn decimal(value: &[u8]) -> Option<u64> {
+/// RFC 3986 section 3.1.
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'))
+}
+
+/// Digits and nothing else; so many that no arithmetic with them overflows.
+pub(super) fn decimal(value: &[u8]) -> Option<u64> {
     if value.is_empty() || value.len() > 18 {
         return None;
     }

@@ -3,6 +3,7 @@
 use httparse::{EMPTY_HEADER, Response, Status};
 
 use super::chunked::Chunked;
+use super::request::decimal;
 
 /// Longest response head that is followed, bytes.
 const MAX_HEAD: usize = 64 << 10;
@@ -162,6 +163,8 @@ impl ResponseTracker {
     /// A response head, perhaps in pieces; returns how many of `bytes` belong to it, `None` for all.
     fn head(&mut self, bytes: &[u8]) -> Option<usize> {
         let before = self.piece.len();
+        // A long body may follow in the same write; it is not copied.
+        let bytes = bytes.get(..MAX_HEAD + 1 - before).unwrap_or(bytes);
         let parsed = if before == 0 {
             parse(bytes)
         } else {
@@ -252,7 +255,7 @@ fn parse(bytes: &[u8]) -> Parsed {
     let mut bad = false;
     for h in response.headers.iter() {
         if h.name.eq_ignore_ascii_case("content-length") {
-            let value = std::str::from_utf8(h.value).ok().and_then(|v| v.parse::<u64>().ok());
+            let value = decimal(h.value);
             bad |= value.is_none() || length.replace(value).is_some();
         } else if h.name.eq_ignore_ascii_case("transfer-encoding") {
             bad |= coding.replace(h.value.eq_ignore_ascii_case(b"chunked")).is_some();
@@ -260,7 +263,7 @@ fn parse(bytes: &[u8]) -> Parsed {
     }
     let framing = match (length.flatten(), coding) {
         _ if bad => Framing::Bad,
-        (None, Some(true)) => Framing::Chunked,
+        (None, Some(true)) if response.version == Some(1) => Framing::Chunked,
         (_, Some(_)) => Framing::Bad,
         (Some(n), None) => Framing::Length(n),
         (None, None) => Framing::Close,

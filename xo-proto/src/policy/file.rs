@@ -7,7 +7,7 @@ use regex_lite::Regex;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{At, Condition, Parts, Policy, PolicyError, RawRule, error_at};
+use super::{At, Condition, Parts, Policy, PolicyError, RawRule, check_listen, check_targets, error_at};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -71,14 +71,13 @@ pub(super) fn parts(text: &str) -> Result<Parts, PolicyError> {
     };
     for (name, address) in &file.targets {
         let at = At { value: name.get_ref().clone(), offset: name.span().start };
-        if at.value == super::LOCAL {
-            return Err(error_at(text, at.offset, "`local` names the host itself and cannot be a target"));
-        }
         let parsed = address.get_ref().parse::<SocketAddr>().map_err(|_| {
             error_at(text, address.span().start, format!("`{}` is not ADDRESS:PORT", address.get_ref()))
         })?;
         parts.targets.push((at, parsed));
     }
+    check_listen(text, &parts.listen)?;
+    check_targets(text, &parts.targets)?;
     for rule in file.rule {
         parts.rules.push(raw_rule(text, rule)?);
     }

@@ -2,34 +2,38 @@
 
 use regex_lite::Regex;
 
-use super::{At, Condition, PolicyError, RawRule, error_at};
+use super::{At, Condition, PolicyError, RawRule, check_listen, check_targets, error_at};
 
 /// `XO_LISTEN`.
 pub(super) fn listen(text: &str) -> Result<Vec<At<u16>>, PolicyError> {
-    items(0, text, ',')
+    let listen = items(0, text, ',')
         .map(|item| {
-            let port = item.value.parse().ok().filter(|p| *p != 0);
-            let value = port.ok_or_else(|| {
-                error_at(text, item.offset, format!("XO_LISTEN: `{}` is not a port", item.value))
-            })?;
+            let value = item
+                .value
+                .parse()
+                .map_err(|_| error_at(text, item.offset, format!("`{}` is not a port", item.value)))?;
             Ok(At { value, offset: item.offset })
         })
-        .collect()
+        .collect::<Result<Vec<_>, _>>()?;
+    check_listen(text, &listen)?;
+    Ok(listen)
 }
 
 /// `XO_TARGETS`.
 pub(super) fn targets(text: &str) -> Result<Vec<(At<String>, std::net::SocketAddr)>, PolicyError> {
-    items(0, text, ',')
+    let targets = items(0, text, ',')
         .map(|item| {
             let bad = || {
-                let message = format!("XO_TARGETS: `{}` is not NAME=ADDRESS:PORT", item.value);
+                let message = format!("`{}` is not NAME=ADDRESS:PORT", item.value);
                 error_at(text, item.offset, message)
             };
             let (name, address) = item.value.split_once('=').ok_or_else(bad)?;
             let address = address.trim().parse().map_err(|_| bad())?;
             Ok((At { value: name.trim().to_owned(), offset: item.offset }, address))
         })
-        .collect()
+        .collect::<Result<Vec<_>, _>>()?;
+    check_targets(text, &targets)?;
+    Ok(targets)
 }
 
 /// `XO_RULES`.
@@ -38,9 +42,8 @@ pub(super) fn rules(text: &str) -> Result<Vec<RawRule>, PolicyError> {
 }
 
 fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
-    let fail = |offset, message: String| error_at(text, offset, format!("XO_RULES: {message}"));
     let Some((conditions, to)) = item.value.split_once("=>") else {
-        return Err(fail(item.offset, format!("`{}` has no `=>`", item.value)));
+        return Err(error_at(text, item.offset, format!("`{}` has no `=>`", item.value)));
     };
     let to_offset = item.offset + conditions.len() + 2;
     let (names, handler) = match to.split_once('@') {
@@ -48,13 +51,13 @@ fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
         None => (to, None),
     };
     let conditions = items(item.offset, conditions, ' ')
-        .map(|c| condition(c.value).map_err(|message| fail(c.offset, message)))
+        .map(|c| condition(c.value).map_err(|message| error_at(text, c.offset, message)))
         .collect::<Result<Vec<_>, _>>()?;
     let to: Vec<_> = items(to_offset, names, ',')
         .map(|name| At { value: name.value.to_owned(), offset: name.offset })
         .collect();
     if to.is_empty() {
-        return Err(fail(to_offset, "no target after `=>`".into()));
+        return Err(error_at(text, to_offset, "no target after `=>`"));
     }
     Ok(RawRule { conditions, to, handler, source: Some(text.to_owned()) })
 }

@@ -78,9 +78,10 @@ fn host_matches(pattern: &str, given: &str) -> bool {
     }
 }
 
-/// The path that a server would look up: escapes resolved, `//`, `/./` and `/../` too, as nginx does. A path
-/// that needs none of it is not copied.
+/// The path that a server would look up: escapes resolved, `//`, `/./` and `/../` too, without a fragment (which has
+/// no place in a request), as nginx does. A path that needs none of it is not copied.
 pub(super) fn normalised(path: &str) -> Cow<'_, str> {
+    let path = path.split_once('#').map_or(path, |(path, _)| path);
     let plain = !path.contains('%') && !path.contains("//") && !path.contains("/.");
     if plain {
         return Cow::Borrowed(path);

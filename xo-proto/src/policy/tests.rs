@@ -78,6 +78,8 @@ fn paths_are_what_the_server_looks_up() {
         ("/100%", "/100%"),
         ("/a%zz", "/a%zz"),
         ("/.hidden", "/.hidden"),
+        ("/a#/../b", "/a"),
+        ("/a%23b", "/a#b"),
     ] {
         assert_eq!(normalised(given), expected, "{given}");
     }
@@ -96,6 +98,7 @@ fn errors_say_where() {
         ("round_robin", "hash", 15, 11, "round_robin` only"),
         ("^/v[0-9]+", "^/v[0-9+", 25, 14, "path_regex"),
         ("\"/img/\"", "\"img/\"", 13, 15, "begins with `/`"),
+        ("[80, 443]", "[80, 0]", 2, 15, "`0` is not a port"),
         ("t1 = ", "local = ", 5, 1, "the host itself"),
     ] {
         let e = Policy::parse(&FILE.replacen(from, to, 1)).expect_err(to);
@@ -118,6 +121,21 @@ fn one_liners_mean_the_same() {
     assert!(Policy::load(None, listen, targets, None).expect("nothing").is_none());
     let p = Policy::load(Some(FILE), Some("8081"), None, None).expect("valid").expect("given");
     assert_eq!(p.listen, [8081], "the variable replaces the file's part");
+    for (file, listen, targets, line, column, part) in [
+        (None, "80, 80", "t1=10.3.0.2:7400", 1, 5, "XO_LISTEN: port 80 stands twice"),
+        (Some(FILE), "80, 80", "t1=10.3.0.2:7400", 1, 5, "XO_LISTEN: port 80 stands twice"),
+        (None, "80,0", "t1=10.3.0.2:7400", 1, 4, "XO_LISTEN: `0` is not a port"),
+        (None, "80,\nx\n1", "t1=10.3.0.2:7400", 2, 1, "XO_LISTEN: `x\\n1` is not a port"),
+        (None, "80,x", "t1=10.3.0.2:7400", 1, 4, "XO_LISTEN: `x` is not a port"),
+        (None, "80", "t1=10.3.0.2:7400,t1=10.4.0.2:7400", 1, 18, "XO_TARGETS: target `t1` stands twice"),
+        (None, "80", "local=10.3.0.2:7400", 1, 1, "XO_TARGETS: `local` names the host itself"),
+        (None, "80", "t1=10.3.0.2", 1, 1, "XO_TARGETS: `t1=10.3.0.2` is not NAME=ADDRESS:PORT"),
+        (None, "80", "t2=10.3.0.2:7400", 1, 6, "XO_RULES: unknown target `t1`; did you mean `t2`?"),
+    ] {
+        let e = Policy::load(file, Some(listen), Some(targets), Some("/ => t1")).expect_err(part);
+        assert_eq!((e.line, e.column), (line, column), "{e}");
+        assert!(e.message.starts_with(part), "{e}");
+    }
     for (rules, column) in
         [("/ => t9", 6), ("/ t1", 1), ("/ => ", 5), ("x => t1", 1), ("/ => t1; / => local; ~[ => t1", 22)]
     {

@@ -1,0 +1,193 @@
+//! Writes the seed corpora: one valid input of each kind for each target. Run in `fuzz/` when a format changes:
+//! `rm -r seeds && cargo run --example seeds`; the result is committed.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window};
+use xo_proto::frame::{MAX_LOCAL_MESSAGE, encode_local, encode_peer};
+use xo_proto::ipc::{self, Deliver, FromDaemon, Offload, ToDaemon};
+use xo_proto::reason::Reason;
+use xo_proto::wire::{
+    BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Ping, Query, Refuse, TargetReady, VERSION,
+};
+
+const REQUESTS: [&str; 6] = [
+    "GET /a?b HTTP/1.1\r\nHost: x\r\n\r\nHEAD http://y/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    "POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhelloGET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nWiki\r\nA ;x=y\r\n0123456789\r\n0\r\nT: v\r\n\r\n",
+    "\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n",
+    "GET / HTTP/1.1\nA: b\n\n",
+];
+
+const RESPONSES: [&str; 5] = [
+    "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhelloHTTP/1.1 304 Not Modified\r\n\r\n",
+    "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;a\r\nabc\r\n0\r\nT: v\r\n\r\n",
+    "HTTP/1.0 200 OK\nServer: x\n\nuntil the end",
+    "HTTP/1.1 101 Switching Protocols\r\n\r\n\x01",
+];
+
+const POLICIES: [&str; 3] = [
+    "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
+     balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
+     header = { name = \"x\", value = \"y\" }\nto = [\"t1\"]\n[[rule]]\npath_regex = \"^/v[0-9]+\"\npath_exact = \"/a\"\nto = [\"t1\"]\n",
+    "\080, 8080\0t1=10.3.0.2:7400,t2=[fd00::2]:7400\0/img/ => t1,t2 @web; host=a.example method=GET|HEAD =/x => t2; ~^/v.* => local",
+    "listen = [80]\0\0t1=10.3.0.2:7400\0/ => t3",
+];
+
+/// Each byte is something that happens; see the target.
+/// The order, then each byte is something that happens; see the target.
+const HANDOFFS: [&[u8]; 7] = [
+    // Everything goes well, strict and early.
+    &[0, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
+    &[1, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
+    // The target cannot restore; is late; the channel breaks after the flip.
+    &[0, 0x00, 0x1d, 0x02, 0x04],
+    &[0, 0x00, 0x02, 0x08, 0x04, 0x09],
+    &[0, 0x00, 0x02, 0x04, 0x0a, 0x09, 0x0b, 0x02, 0x04],
+    // The answer is late, and asked for; the channel breaks before it.
+    &[1, 0x00, 0x02, 0x47, 0x08, 0x02, 0x04, 0x04, 0x02, 0x04],
+    &[1, 0x00, 0x02, 0x0a, 0x47, 0x0b, 0xf7, 0x0e, 0x02, 0x04],
+];
+
+fn peer_messages() -> Vec<PeerMessage> {
+    let address: SocketAddr = "[fd00:1::2]:40000".parse().expect("an address");
+    let local: SocketAddr = "10.2.0.2:80".parse().expect("an address");
+    let tcp = TcpState {
+        snd_seq: 1,
+        rcv_seq: 2,
+        sent: b"sent".to_vec(),
+        unsent: b"unsent".to_vec(),
+        received: b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        mss_clamp: 1460,
+        snd_mss: 1448,
+        wscale: Some((7, 9)),
+        sack: true,
+        timestamps: Some(Timestamps { value: 3, usec: true }),
+        window: Window { snd_wl1: 4, snd_wnd: 5, max_window: 6, rcv_wnd: 7, rcv_wup: 8 },
+    };
+    let options = SockOptions { congestion: "cubic".into(), nodelay: true, ..SockOptions::default() };
+    let record =
+        ConnRecord { client: address, local, tcp, buffers: Buffers { rcvbuf: 9, sndbuf: 10, lock: 1 } };
+    let hello = Hello {
+        magic: MAGIC,
+        version: VERSION,
+        node: "host".into(),
+        boot_id: [9; 16],
+        usec_timestamps: true,
+    };
+    vec![
+        PeerMessage::Hello(hello),
+        PeerMessage::BeginOffload(BeginOffload {
+            id: 1,
+            handler: "web".into(),
+            record,
+            elapsed_ns: 2,
+            start: true,
+            sent_ns: 3,
+        }),
+        PeerMessage::TargetReady(TargetReady {
+            id: 1,
+            local,
+            restore_ns: 2,
+            rewrite_ns: 3,
+            total_ns: 4,
+            started_ns: Some(5),
+        }),
+        PeerMessage::Refuse(Refuse { id: 1, reason: Reason::NoHandler, detail: "none".into() }),
+        PeerMessage::HostReady(HostReady { id: 1, options: Some(options), elapsed_ns: 2 }),
+        PeerMessage::Handed(Handed { id: 1, hand_ns: 2, at_ns: 3 }),
+        PeerMessage::Closed(1),
+        PeerMessage::Ping(Ping { number: 2, sent_ns: 3 }),
+        PeerMessage::Query(Query { id: 1, sent_ns: 2 }),
+        PeerMessage::Abort(1),
+    ]
+}
+
+fn local_messages() -> Vec<Vec<u8>> {
+    let client: SocketAddr = "10.1.0.2:40000".parse().expect("an address");
+    let offload = Offload {
+        slot: 1,
+        generation: 2,
+        target: "t1".into(),
+        address: client,
+        handler: "web".into(),
+        decided_ns: 3,
+    };
+    let to_daemon = [
+        ToDaemon::Hello { version: 1, ticket: Some([7; 16]) },
+        ToDaemon::Offload(offload),
+        ToDaemon::Register { epoll: true },
+        ToDaemon::Take { wake_port: 5 },
+        ToDaemon::Query(ipc::Query::Flows),
+        ToDaemon::Recover { slot: 1, generation: 2 },
+    ];
+    let from_daemon = [
+        FromDaemon::Welcome { version: 1, node: "host".into(), ticket: [7; 16] },
+        FromDaemon::Denied { detail: "no".into() },
+        FromDaemon::Deliver(Deliver { delivery: 1, client }),
+        FromDaemon::Nothing,
+    ];
+    let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    let mut all = Vec::new();
+    for m in &to_daemon {
+        let n = encode_local(m, &mut buffer).expect("short");
+        all.push([&[1], &buffer[..n]].concat());
+    }
+    for m in &from_daemon {
+        let n = encode_local(m, &mut buffer).expect("short");
+        all.push([&[2], &buffer[..n]].concat());
+    }
+    all
+}
+
+fn wire() -> Vec<Vec<u8>> {
+    let peer = peer_messages().into_iter().map(|m| {
+        let mut framed = Vec::new();
+        encode_peer(&m, &mut framed).expect("short");
+        // The target makes the length prefix itself.
+        [&[0], &framed[4..]].concat()
+    });
+    peer.chain(local_messages()).collect()
+}
+
+/// GSO size 4, MTU 100, then a packet of ten bytes of data.
+fn packets() -> Vec<Vec<u8>> {
+    let tcp = [0x9c, 0x40, 0, 80, 0, 0, 0, 100, 0, 0, 0, 1, 0x50, 0x19, 1, 0, 0, 0, 0, 0];
+    let mut four = vec![0x45, 0, 0, 50, 0x12, 0x34, 0x40, 0, 64, 6, 0, 0, 10, 1, 0, 2, 10, 2, 0, 2];
+    let mut six = vec![0x60, 0, 0, 0, 0, 30, 6, 64];
+    six.extend([[0xfd; 16], [0xfe; 16]].concat());
+    for packet in [&mut four, &mut six] {
+        packet.extend(tcp);
+        packet.extend(b"0123456789");
+    }
+    vec![
+        [&[0, 4, 0, 100, 1], &four[..]].concat(),
+        [&[0, 4, 0, 100, 202], b"\x01late".as_slice()].concat(),
+        [&[0, 0, 0, 64, 2], &six[..]].concat(),
+    ]
+}
+
+fn main() {
+    let with = |begin: &'static [u8], texts: &[&str]| -> Vec<Vec<u8>> {
+        texts.iter().map(|t| [begin, t.as_bytes()].concat()).collect()
+    };
+    let all = [
+        ("http_request", with(&[4, 30, 255, 0, 2, 255, 9, 60, 0b1101_1000], &REQUESTS)),
+        ("http_response", with(&[1, 0, 4, 30, 255, 2, 0], &RESPONSES)),
+        ("wire", wire()),
+        ("policy", with(&[], &POLICIES)),
+        ("packet", packets()),
+        ("handoff", HANDOFFS.iter().map(|h| h.to_vec()).collect()),
+    ];
+    for (target, seeds) in all {
+        let directory = Path::new("seeds").join(target);
+        fs::create_dir_all(&directory).expect("a directory");
+        for (i, seed) in seeds.iter().enumerate() {
+            fs::write(directory.join(format!("{i:02}")), seed).expect("a seed");
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Policies from a file and from one-liners, applied to requests; errors are within the text.
+//!
+//! Input: up to four parts between NUL bytes: file, XO_LISTEN, XO_TARGETS, XO_RULES; an empty one is not given.
+#![no_main]
+
+use libfuzzer_sys::{Corpus, fuzz_target};
+use xo_proto::http::{Head, parse_head};
+use xo_proto::policy::{Decision, Policy, PolicyError};
+
+const REQUESTS: [&str; 4] = [
+    "GET /img/a?b HTTP/1.1\r\nHost: www.example.org:80\r\nX: y\r\n\r\n",
+    "PUT //a/../%2e/%69mg#c HTTP/1.1\r\nHost: \u{e4}:x\r\n\r\n",
+    "POST http://a.example/ HTTP/1.1\r\n\r\n",
+    "OPTIONS * HTTP/1.0\r\nHost:\r\n\r\n",
+];
+
+fn apply(policy: &Policy) {
+    for request in REQUESTS {
+        let Head::Complete(head) = parse_head(request.as_bytes()) else { panic!("{request:?} is refused") };
+        for node in ["t1", "elsewhere"] {
+            if let Decision::To { targets, .. } = policy.decide(&head, node) {
+                assert!(!targets.is_empty() && targets.iter().all(|t| t.name != node));
+            }
+        }
+    }
+}
+
+fn check(error: &PolicyError, texts: &[Option<&str>]) {
+    let within = |text: &str| {
+        let line = text.split('\n').nth(error.line - 1);
+        line.is_some_and(|l| (1..=l.chars().count() + 1).contains(&error.column))
+    };
+    assert!(texts.iter().flatten().any(|t| within(t)), "{error} is nowhere");
+    assert!(!error.message.contains('\n') && !error.message.is_empty(), "{error}");
+}
+
+fuzz_target!(|data: &[u8]| -> Corpus {
+    let Ok(text) = std::str::from_utf8(data) else { return Corpus::Reject };
+    let mut parts = text.splitn(4, '\0').map(|p| Some(p).filter(|p| !p.is_empty()));
+    let mut next = || parts.next().flatten();
+    let all = [next(), next(), next(), next()];
+    if let [Some(file), ..] = all {
+        match Policy::parse(file) {
+            Ok(policy) => apply(&policy),
+            Err(e) => check(&e, &[Some(file)]),
+        }
+    }
+    match Policy::load(all[0], all[1], all[2], all[3]) {
+        Ok(Some(policy)) => apply(&policy),
+        Ok(None) => assert!(all[0].is_none() && all[3].is_none()),
+        Err(e) => check(&e, &all),
+    }
+    Corpus::Keep
+});
