@@ -67,7 +67,8 @@ pub(crate) fn accept(
         log::warn!("a connection that was not brought to life is left");
     }
     loop {
-        if register::may_be_woken(fd) {
+        // One that blocks in accept does not wait with the epoll that it may also have.
+        if !register::is_registered(fd) || (register::may_be_woken(fd) && !raw::is_nonblocking(fd)) {
             register::waker(fd);
         }
         let accepted = call();

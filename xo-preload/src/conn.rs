@@ -105,7 +105,8 @@ pub(crate) fn all() -> impl Iterator<Item = (u32, &'static Conn)> {
 
 /// Connections for which the daemon has been asked, its verdict not seen yet.
 pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
-    all().filter(|(_, c)| c.asked.load(Ordering::Acquire) && c.kind() == Kind::Tracked)
+    all()
+        .filter(|(_, c)| c.asked.load(Ordering::Acquire) && matches!(c.kind(), Kind::Tracked | Kind::Passive))
 }
 
 /// Starts to follow the connection behind a descriptor; `None` when the table is full.

@@ -111,10 +111,11 @@ fn settle_with(epoll: c_int) {
             // Its channel has ended, and a new one is made when there is a daemon.
             continue;
         }
-        if r.epoll.load(Ordering::Relaxed) == epoll {
-            waker(r.listener.load(Ordering::Relaxed));
-        } else {
+        if r.epoll.load(Ordering::Relaxed) != epoll {
             UNSETTLED.store(true, Ordering::Relaxed);
+        } else if !waker(r.listener.load(Ordering::Relaxed)) {
+            // No daemon now; when there is one it is told, see `announce_again`.
+            poll::look_for_daemon();
         }
     }
 }
@@ -240,13 +241,18 @@ pub(crate) fn descriptors() -> impl Iterator<Item = c_int> {
 
 /// A new channel to the daemon: tell it again what this process waits for.
 pub(crate) fn announce_again() {
+    let wakers = WAKERS.iter().map(|w| w.load(Ordering::Acquire)).filter(|fd| *fd >= 0);
+    wakers.for_each(|fd| {
+        daemon::register(&[fd], false);
+    });
     for r in used() {
         if r.listener.load(Ordering::Acquire) >= 0 && r.epoll.load(Ordering::Relaxed) >= 0 {
             r.settle();
+            // It may be waiting already, and wait on.
+            if r.channel.load(Ordering::Acquire) < 0 {
+                waker(r.listener.load(Ordering::Relaxed));
+            }
         }
-    }
-    for fd in WAKERS.iter().map(|w| w.load(Ordering::Acquire)).filter(|fd| *fd >= 0) {
-        daemon::register(&[fd], false);
     }
 }
 
@@ -276,16 +282,28 @@ fn has_channel(listener: c_int) -> bool {
     })
 }
 
-/// The server is about to wait for a tracked listening socket without epoll.
-pub(crate) fn waker(listener: c_int) {
+/// Does the server wait for this listening socket with epoll, as far as we have seen?
+pub(crate) fn is_registered(listener: c_int) -> bool {
+    used().any(|r| r.listener.load(Ordering::Acquire) == listener)
+}
+
+/// The server is about to wait for a tracked listening socket without epoll. `false`: there is no daemon to tell.
+pub(crate) fn waker(listener: c_int) -> bool {
     let known = || WAKERS.iter().any(|w| w.load(Ordering::Acquire) == listener);
-    if (known() && daemon::is_open()) || !daemon::open() || has_channel(listener) || known() {
-        return;
+    if known() && daemon::is_open() {
+        return true;
     }
-    let claim = |w: &AtomicI32| w.compare_exchange(-1, listener, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-    if WAKERS.iter().any(claim) {
-        daemon::register(&[listener], false);
+    if !daemon::open() {
+        return false;
     }
+    if !has_channel(listener) && !known() {
+        let claim =
+            |w: &AtomicI32| w.compare_exchange(-1, listener, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if WAKERS.iter().any(claim) {
+            daemon::register(&[listener], false);
+        }
+    }
+    true
 }
 
 /// May a wake-up connection come out of this listening socket? A process without a channel cannot tell from its
