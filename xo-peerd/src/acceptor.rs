@@ -150,6 +150,12 @@ impl Engine {
             library.pid,
             if channel.is_some() { "by a channel" } else { "woken" }
         );
+        if channel.is_some() {
+            // Until its epoll held its first connection, the process had to be woken.
+            let woken = |a: &Acceptor| a.channel.is_none() && a.library == index && a.address == address;
+            self.acceptors.retain(|_, a| !woken(a));
+        }
+        let Some(library) = self.libraries.get(index) else { return Ok(()) };
         let fd = channel.as_ref().map(|c| c.ours.as_raw_fd());
         let acceptor = Acceptor { library: index, serial: library.serial, address, v6only, channel };
         let number = self.acceptors.insert(acceptor);

@@ -12,11 +12,12 @@ use crate::host::HostFlow;
 use crate::metrics::{Live, PeerView};
 
 /// Names of the library's counters beyond the reasons.
-const LIBRARY: [(Counter, &str); 4] = [
+const LIBRARY: [(Counter, &str); 5] = [
     (Counter::Accepted, "accepted"),
     (Counter::Local, "local"),
     (Counter::Asked, "asked"),
     (Counter::Delivered, "delivered"),
+    (Counter::IoUring, "io_uring"),
 ];
 
 impl Engine {
