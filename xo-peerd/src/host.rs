@@ -302,9 +302,11 @@ impl Engine {
         let mut actions = Vec::with_capacity(4);
         while let Some(event) = next.take() {
             let Some(flow) = self.hosted.get_mut(&id) else { return };
-            let before = flow.state();
+            // In the early order nobody waits for the answer.
+            let waits = |f: &HostFlow| f.state() == HostState::Begun && !f.machine.early();
+            let before = waits(flow);
             flow.machine.on(&event, &mut actions);
-            match (before == HostState::Begun, flow.state() == HostState::Begun) {
+            match (before, waits(flow)) {
                 (false, true) => self.in_flight += 1,
                 (true, false) => self.in_flight -= 1,
                 _ => {}
