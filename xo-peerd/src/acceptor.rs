@@ -288,6 +288,10 @@ impl Engine {
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {}
             other => other?,
         }
+        // Over loopback the handshake is over by now. A socket with TCP_DEFER_ACCEPT (Apache's) waits for data.
+        if let Err(e) = wake.send(b"\n") {
+            log::debug!("wake-up of port {port}: {e}");
+        }
         let waiting = Waiting { key: key.clone(), socket, client, port, _wake: wake, tables };
         self.waiting.insert(wake_port, waiting);
         self.at(Instant::now() + TAKE_PATIENCE, Timer::Waiting(wake_port));

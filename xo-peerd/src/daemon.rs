@@ -110,7 +110,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         metrics: Metrics::new(),
         published,
         steer,
-        raw: RawSender::new()?,
+        raw: RawSender::new().map_err(|e| format!("raw socket for held packets (CAP_NET_RAW): {e}"))?,
         diag: TcpLookup::new()?,
         tls,
         hello,

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -128,7 +129,16 @@ fn spawn(command: &[String], environment: &[(&str, String)], socket: OwnedFd) ->
     let stream = TcpStream::from(socket);
     stream.set_nonblocking(false)?;
     let out = OwnedFd::from(stream.try_clone()?);
-    Command::new(program)
+    let mut handler = Command::new(program);
+    // SAFETY: one system call, with numbers only, between fork and exec.
+    unsafe {
+        handler.pre_exec(|| {
+            // Run as an ordinary user with ambient capabilities, the daemon would pass them on.
+            libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+            Ok(())
+        });
+    }
+    handler
         .args(arguments)
         .envs(environment.iter().map(|(k, v)| (k, v)))
         .stdin(Stdio::from(OwnedFd::from(stream)))

@@ -81,12 +81,12 @@ pub(crate) fn accept(
         if (announced || register::may_be_woken(fd)) && is_own_address(accepted, client.ip()) {
             match daemon::take(client.port()) {
                 Some((deliver, socket)) => {
-                    raw::close(accepted);
+                    discard(accepted);
                     return hand_out(fd, &deliver, socket, address, len, flags);
                 }
                 // Somebody else has it. A blocking server waits on.
                 None if announced => {
-                    raw::close(accepted);
+                    discard(accepted);
                     if raw::is_nonblocking(fd) {
                         crate::io::set_errno(libc::EAGAIN);
                         return -1;
@@ -124,6 +124,12 @@ fn is_live(socket: &Fd) -> bool {
         }
     }
     true
+}
+
+/// Closes a wake-up connection. The byte on it is for listening sockets that defer accept until there is data.
+fn discard(wake: c_int) {
+    raw::drain(wake);
+    raw::close(wake);
 }
 
 fn is_own_address(accepted: c_int, peer: IpAddr) -> bool {

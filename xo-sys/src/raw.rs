@@ -280,6 +280,13 @@ pub fn peek_into(fd: RawFd, buffer: &mut [std::mem::MaybeUninit<u8>], flags: i32
     Ok(unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast(), n.min(buffer.len())) })
 }
 
+/// Reads what is there, up to a few bytes, and forgets it; closing a socket with unread data would reset it.
+pub fn drain(fd: RawFd) {
+    let mut buffer = [0_u8; 16];
+    // SAFETY: pointer and length describe `buffer`.
+    let _ = sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), libc::MSG_DONTWAIT, 0, 0);
+}
+
 /// Bytes that wait in the receive queue (FIONREAD).
 #[must_use]
 pub fn readable_bytes(fd: RawFd) -> usize {

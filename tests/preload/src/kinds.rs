@@ -158,7 +158,7 @@ fn apache(bed: &Bed, node: &str, root: &Path, mpm: &str) -> PathBuf {
         "StartServers 2\nServerLimit 2\nThreadsPerChild 64\nMaxRequestWorkers 128\nMinSpareThreads 1\nMaxSpareThreads 128\n"
     } else {
         // A wake-up connection carries no data, so TCP_DEFER_ACCEPT would keep it from the server.
-        "AcceptFilter http none\nStartServers 40\nServerLimit 40\nMaxRequestWorkers 40\nMinSpareServers 1\nMaxSpareServers 40\n"
+        "StartServers 40\nServerLimit 40\nMaxRequestWorkers 40\nMinSpareServers 1\nMaxSpareServers 40\n"
     };
     text += processes;
     text += &format!(
