@@ -382,11 +382,13 @@ impl Engine {
                 };
                 let served = self.served.get_mut(key)?;
                 served.started_ns = Some(now_ns());
+                allow_reuse(&socket, client);
                 served.kept = early.then_some(socket);
                 Some(Ok(()))
             }
             Some(HandlerMode::Exec { command }) => match live(restored) {
                 Ok(socket) => {
+                    allow_reuse(&socket, client);
                     self.exec(key, command, socket);
                     None
                 }
@@ -514,6 +516,13 @@ impl Engine {
             place.free(&mut self.libraries);
         }
         self.target_event(key, &TargetEvent::SocketGone);
+    }
+}
+
+/// A server that is restarted must be able to bind the port of connections that it had.
+fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
+    if let Err(e) = tcp_repair::reuse_address(socket.as_raw_fd()) {
+        log::warn!("SO_REUSEADDR for the connection of {client}: {e}");
     }
 }
 

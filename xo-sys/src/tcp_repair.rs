@@ -157,7 +157,10 @@ pub fn poke(fd: RawFd) -> io::Result<()> {
 }
 
 /// Leaving repair mode clears SO_REUSEADDR; without it a restarted server could not bind its port.
-fn reuse_address(fd: RawFd) -> io::Result<()> {
+///
+/// # Errors
+/// Of setsockopt(2).
+pub fn reuse_address(fd: RawFd) -> io::Result<()> {
     raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1_i32)
 }
 

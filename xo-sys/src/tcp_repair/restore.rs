@@ -11,7 +11,7 @@ use xo_proto::reason::Reason;
 
 use super::{
     OFF_NO_PROBE, ON, RECV_QUEUE, RawAddress, RepairError, RepairWindow, SEND_QUEUE, SO_BUF_LOCK, Step,
-    TCP_REPAIR_WINDOW, address_of, reuse_address, set,
+    TCP_REPAIR_WINDOW, address_of, set,
 };
 use crate::raw::{self, Fd, sys};
 
@@ -196,6 +196,7 @@ impl Repaired {
 
     /// Brings the socket to life: leaves repair mode (with a window probe if `probe`), sends what the server
     /// had written and not sent. `elapsed` is the time since the dump, better known by now.
+    /// [`super::reuse_address`] is still to be set.
     ///
     /// # Errors
     /// `RestoreFailed`; the socket is then closed, which the peer notices.
@@ -213,7 +214,6 @@ impl Repaired {
         }
         let off = if probe { 0 } else { OFF_NO_PROBE };
         set(fd, libc::TCP_REPAIR, off).step("TCP_REPAIR", Reason::RestoreFailed)?;
-        reuse_address(fd).step("SO_REUSEADDR", Reason::RestoreFailed)?;
         if !self.unsent.is_empty() {
             fill(fd, &self.unsent).step("unsent data", Reason::RestoreFailed)?;
         }

@@ -53,7 +53,9 @@ fn moved(server: TcpStream) -> TcpStream {
     let restored = restore(&record, record.local, false, Duration::ZERO, &mut spare()).expect("restore");
     assert_eq!(restored.local(), record.local);
     apply_options(restored.as_raw_fd(), &options);
-    TcpStream::from(OwnedFd::from(restored.start(false, Duration::ZERO).expect("start")))
+    let live = restored.start(false, Duration::ZERO).expect("start");
+    reuse_address(live.as_raw_fd()).expect("SO_REUSEADDR");
+    TcpStream::from(OwnedFd::from(live))
 }
 
 fn pattern(n: usize) -> Vec<u8> {
