@@ -37,12 +37,12 @@ impl Engine {
     }
 
     fn recover_hosted(&mut self, key: FlowKey, entry: &FlowEntry) {
-        let Some(target) = self.state.named(entry.peer).cloned() else {
+        let target = self.state.named(entry.peer).cloned();
+        let Some((target, address)) = target.and_then(|t| t.address.map(|address| (t, address))) else {
             log::error!("a flow entry of an unknown target: removed");
             let _ = self.steer.remove_flow(&key, entry.flow_id);
             return;
         };
-        let Some(address) = target.address else { return };
         let redirected = entry.action == Action::Redirect as u32;
         let ends = Ends {
             client: steer::address(key.remote, key.remote_port),
@@ -70,7 +70,8 @@ impl Engine {
         let (client, local) =
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
         let served_key = (Rc::from(host.name.as_str()), entry.flow_id);
-        if !matches!(self.diag.state(local, client), Ok(Some(_))) {
+        // A look-up that fails says nothing: the connection is watched like one that is there.
+        if matches!(self.diag.state(local, client), Ok(None)) {
             // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
             self.gone.push((served_key, key));
             return;
