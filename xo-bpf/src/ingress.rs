@@ -88,6 +88,10 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         count(Path::RedirectFailed);
         return TC_ACT_SHOT;
     }
+    if entry.action == Action::Deliver as u32 {
+        count(Path::Delivered);
+        return TC_ACT_UNSPEC;
+    }
     count(Path::Redirected);
     // SAFETY: no pointer is passed: the kernel resolves route and neighbour from the packet.
     unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }

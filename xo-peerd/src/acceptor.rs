@@ -207,13 +207,11 @@ impl Engine {
             let address = acceptor.address;
             return self.wake(key, address, client, socket);
         };
-        let place = give(&mut self.libraries, acceptor.library, |delivery| {
-            channel.outbox.push_back((Deliver { delivery, client }, socket));
+        let Some(served) = self.served.get_mut(key) else { return Ok(()) };
+        served.place = give(&mut self.libraries, acceptor.library, |delivery| {
+            channel.outbox.push_back((served.deliver(delivery), socket));
             Ok(())
         })?;
-        if let Some(served) = self.served.get_mut(key) {
-            served.place = place;
-        }
         // If it has hung up at this moment, what is in the outbox goes to another.
         self.acceptor_ready(number, false);
         Ok(())
@@ -327,13 +325,11 @@ impl Engine {
     /// Answers a process that accepted a wake-up connection with the connection that it was for.
     fn hand_out(&mut self, index: usize, waiting: Waiting) -> io::Result<()> {
         let fd = self.libraries.get(index).ok_or(ErrorKind::NotFound)?.fd();
-        let place = give(&mut self.libraries, index, |delivery| {
-            let message = FromDaemon::Deliver(Deliver { delivery, client: waiting.client });
+        let Some(served) = self.served.get_mut(&waiting.key) else { return Ok(()) };
+        served.place = give(&mut self.libraries, index, |delivery| {
+            let message = FromDaemon::Deliver(served.deliver(delivery));
             ipc::send(fd, &message, Some(waiting.socket.as_raw_fd()))
         })?;
-        if let Some(served) = self.served.get_mut(&waiting.key) {
-            served.place = place;
-        }
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::{fs, io};
 
 use serde::Deserialize;
 use toml::Spanned;
-use xo_proto::policy::{Policy, position};
+use xo_proto::policy::{Policy, Target, position};
 
 /// Where the daemon listens for libraries by default.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
@@ -35,6 +35,8 @@ pub(crate) struct Config {
     pub(crate) interfaces: Vec<String>,
     /// Addresses that restored sockets are bound to; one of each family is used.
     pub(crate) addresses: Vec<IpAddr>,
+    /// The policy's targets: their daemons are connected from the start.
+    pub(crate) targets: Vec<Target>,
     /// Where Prometheus text is served at /metrics.
     pub(crate) metrics: Option<SocketAddr>,
     /// Certificates of the peer channel.
@@ -232,6 +234,7 @@ impl Config {
             socket,
             interfaces: Vec::new(),
             addresses: Vec::new(),
+            targets: Vec::new(),
             metrics: None,
             tls: (!insecure).then_some(tls),
             insecure,
@@ -263,9 +266,7 @@ impl File {
                 return Err(fail(name.span().start, format!("no interface `{}`", name.get_ref())));
             }
         }
-        if let Some(policy) = &self.policy {
-            check_policy(policy, fail)?;
-        }
+        let policy = self.policy.as_ref().map(|policy| check_policy(policy, fail)).transpose()?;
         if self.tls.is_none() && !self.insecure {
             let message = "neither [tls] nor `insecure = true`: peers could not be authenticated";
             return Err(fail(0, message.into()));
@@ -299,6 +300,7 @@ impl File {
             socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
             addresses: self.addresses,
+            targets: policy.map(|p| p.targets).unwrap_or_default(),
             metrics: self.metrics,
             tls: self.tls.map(Spanned::into_inner),
             insecure: self.insecure,
@@ -383,11 +385,11 @@ pub(crate) fn load_policy(path: &Path) -> Result<Policy, ConfigError> {
     Policy::parse(&read(path)?).map_err(|e| ConfigError(format!("{}:{e}", path.display())))
 }
 
-fn check_policy(path: &Spanned<PathBuf>, fail: Fail<'_>) -> Result<(), ConfigError> {
+fn check_policy(path: &Spanned<PathBuf>, fail: Fail<'_>) -> Result<Policy, ConfigError> {
     if let Err(e) = fs::metadata(path.get_ref()) {
         return Err(fail(path.span().start, format!("policy {}: {e}", path.get_ref().display())));
     }
-    load_policy(path.get_ref()).map(drop)
+    load_policy(path.get_ref())
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {

@@ -42,12 +42,15 @@ impl Engine {
     /// made, or refuses while the target is known to be away.
     pub(crate) fn start_when_connected(&mut self, id: HandoffId) {
         let Some(flow) = self.hosted.get(&id) else { return };
-        let (node, address) = (flow.target.clone(), flow.address);
+        let node = flow.target.clone();
         if let Some(index) = self.connection_to(&node) {
             self.begin_on(id, index);
             return;
         }
         let now = Instant::now();
+        let Some(address) = self.hosted.get(&id).and_then(|f| f.address) else {
+            return self.host_event(id, HostEvent::Hopeless(Reason::PeerUnreachable));
+        };
         let dial = self.dials.entry(node.clone()).or_insert_with(|| Dial::new(address, now));
         if dial.index.is_none() {
             if now < dial.not_before {
@@ -60,6 +63,20 @@ impl Engine {
         if dial.index.is_none() {
             self.dial(&node);
         }
+    }
+
+    /// Connects to the policy's targets, so that the first connection that goes there does not wait, and so that they can
+    /// tell us where our connections move on to.
+    pub(crate) fn dial_targets(&mut self) {
+        for target in self.config.targets.clone() {
+            if target.name != self.config.node {
+                self.want(&target.name, target.address);
+            }
+        }
+    }
+
+    fn is_needed(&self, node: &str) -> bool {
+        self.config.targets.iter().any(|t| t.name == node) || self.hosted.values().any(|f| f.target == node)
     }
 
     /// A connection to this node is needed, though no hand-off waits for it.
@@ -93,7 +110,7 @@ impl Engine {
         }
     }
 
-    /// The attempt took too long, or a pause is over and hand-offs to that node still depend on it.
+    /// The attempt took too long, or a pause is over and that node is still needed.
     pub(crate) fn dial_timer(&mut self, node: &str) {
         let Some(dial) = self.dials.get(node) else { return };
         let (index, give_up, now) = (dial.index, dial.give_up, Instant::now());
@@ -105,7 +122,7 @@ impl Engine {
                 }
                 self.dial_failed(node);
             }
-            (None, _) if now >= dial.not_before && self.hosted.values().any(|f| f.target == node) => {
+            (None, _) if now >= dial.not_before && self.is_needed(node) => {
                 self.dial(node);
             }
             _ => {}
@@ -132,9 +149,7 @@ impl Engine {
     pub(crate) fn peer_up(&mut self, index: usize) {
         let Some(node) = self.node_of(index) else { return };
         log::info!("peer {node}: connected");
-        if let Some(probe) =
-            self.peers.get_mut(index).filter(|p| p.dialled.is_some()).and_then(Peer::next_probe)
-        {
+        if let Some(probe) = self.peers.get_mut(index).and_then(Peer::next_probe) {
             self.send_to(index, &probe);
         }
         if let Some(dial) = self.dials.get_mut(&*node).filter(|d| d.index == Some(index)) {

@@ -18,6 +18,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
 use xo_bpf_abi::FlowKey;
+use xo_proto::handoff::HostEvent;
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -33,6 +34,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::restore::Entry;
 use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
@@ -50,7 +52,7 @@ const KIND_ACCEPTOR: usize = 3;
 const SPARE_SOCKETS: usize = 8;
 /// How often closed connections are looked for.
 const TICK: Duration = Duration::from_millis(50);
-/// How often the peers that we dialled are probed, and how long one may be silent.
+/// How often peers are probed, and how long one may be silent.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 /// An embedded daemon ends when it has served nobody for this long.
@@ -74,6 +76,12 @@ pub(crate) enum Timer {
     Dial(String),
     /// Packets may have been held while HOLD became REDIRECT.
     DrainHeld,
+    /// It is settled that a guest is here, which its server has asked to move.
+    Settled(HandoffId),
+    /// No packet comes by a detour any more.
+    Linger(HandoffId),
+    /// A machine that is to be told about a detour has not answered.
+    Detour(ServedKey),
     /// A wake-up connection has not been taken.
     Waiting(u16),
     /// Look for closed connections.
@@ -100,10 +108,14 @@ pub(crate) struct Engine {
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
     pub(crate) served: HashMap<ServedKey, Served>,
+    /// Connections served here by their keys in the steering tables, as this machine's sockets know them.
+    pub(crate) by_flow: HashMap<FlowKey, ServedKey>,
+    /// Connections that came by a detour, by the names that their homes have for them.
+    pub(crate) at_home: HashMap<ServedKey, Vec<ServedKey>>,
     /// Hand-offs that a host asked about before they came.
     pub(crate) refused: VecDeque<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
-    pub(crate) gone: Vec<(ServedKey, FlowKey)>,
+    pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
     /// Deliveries of withdrawn connections, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
@@ -184,6 +196,8 @@ impl Engine {
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
+            by_flow: HashMap::new(),
+            at_home: HashMap::new(),
             refused: VecDeque::new(),
             gone: Vec::new(),
             abandoned: Vec::new(),
@@ -215,6 +229,7 @@ impl Engine {
         let mut events = Events::with_capacity(256);
         let mut busy_until = Instant::now();
         self.recover();
+        self.dial_targets();
         while !self.may_stop() {
             let spinning = self.in_flight > 0 && Instant::now() < busy_until;
             let timeout = if spinning { Some(Duration::ZERO) } else { self.until_next_timer() };
@@ -291,6 +306,9 @@ impl Engine {
                 Timer::TargetFence(key, number) => self.target_fence(&key, number),
                 Timer::Dial(node) => self.dial_timer(&node),
                 Timer::DrainHeld => self.drain_held(),
+                Timer::Settled(id) => self.start_when_settled(id),
+                Timer::Linger(id) => self.host_event(id, HostEvent::LingerOver),
+                Timer::Detour(key) => self.detour_deadline(&key),
                 Timer::Waiting(port) => self.waiting_deadline(port),
                 Timer::Tick => self.tick(now),
             }
@@ -414,9 +432,11 @@ impl Engine {
             PeerMessage::Query(query) => self.on_query(index, query),
             PeerMessage::ClosedAck(id) => self.on_closed_ack(index, id),
             PeerMessage::TargetReady(ready) => self.on_target_ready(index, &ready),
-            PeerMessage::Refuse(refuse) => self.on_refuse(&refuse),
-            PeerMessage::Handed(handed) => self.on_handed(&handed),
+            PeerMessage::Refuse(refuse) => self.on_refuse(index, &refuse),
+            PeerMessage::Handed(handed) => self.on_handed(index, &handed),
             PeerMessage::Closed(id) => self.on_closed(index, id),
+            PeerMessage::Moved(moved) => self.on_moved(index, &moved),
+            PeerMessage::MovedAck(ack) => self.on_moved_ack(index, &ack),
             PeerMessage::Ping(ping) => {
                 if let Some(peer) = self.peers.get_mut(index) {
                     // A sample; whether it is late does not matter.
@@ -433,11 +453,10 @@ impl Engine {
         }
     }
 
-    /// Asks the peers that we dialled whether they are there.
+    /// Asks the peers whether they are there.
     fn probe_peers(&mut self) {
-        let dialled: Vec<usize> =
-            self.peers.iter().filter(|(_, p)| p.dialled.is_some() && p.usable()).map(|(i, _)| i).collect();
-        for index in dialled {
+        let usable: Vec<usize> = self.peers.iter().filter(|(_, p)| p.usable()).map(|(i, _)| i).collect();
+        for index in usable {
             let Some(peer) = self.peers.get_mut(index) else { continue };
             if peer.silence() > LONGEST_SILENCE {
                 self.peer_failed(index, &PeerError::Silent);

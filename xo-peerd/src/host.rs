@@ -7,22 +7,25 @@ use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
 use xo_proto::conn::{ConnRecord, SockOptions};
-use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS};
-use xo_proto::ipc::Offload;
+use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS, TargetEvent};
+use xo_proto::ipc::{Destination, Offload};
 use xo_proto::packet;
 use xo_proto::reason::Reason;
 use xo_proto::slot;
-use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
+use xo_proto::wire::{
+    BeginOffload, Handed, HandoffId, Home, HostReady, PeerMessage, Query, Refuse, TargetReady,
+};
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair::{self, Ends};
 
 use crate::clock::now_ns;
 use crate::config::Order;
-use crate::engine::{Engine, Timer};
+use crate::engine::{Engine, ServedKey, Timer};
 use crate::held::HeldPacket;
-use crate::metrics::Steps;
+use crate::metrics::Kind;
 use crate::peer::Peer;
 use crate::steer::{SteerError, flow_key};
+use crate::times::{Times, steps};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
 const MAX_QUEUES: usize = 15 << 20;
@@ -30,6 +33,8 @@ const MAX_QUEUES: usize = 15 << 20;
 const MOST_QUESTIONS: u32 = 5;
 /// How long a target that serves a connection, but whose daemon is away, is waited for.
 const RESTART_PATIENCE: Duration = Duration::from_secs(5);
+/// Packets that were sent to this machine before their home redirected them have arrived after so long.
+const LINGER: Duration = Duration::from_secs(1);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
 /// So has one that has been idle for this long while the target's daemon cannot be reached.
@@ -50,17 +55,25 @@ pub(crate) struct HostFlow {
     verdict: Option<Verdict>,
     ends: Ends,
     options: Option<SockOptions>,
-    /// Addresses of the connection.
+    /// The client.
     pub(crate) client: SocketAddr,
-    /// The address the client talks to.
+    /// This machine's address of the connection.
     pub(crate) local: SocketAddr,
     /// Its key in the flow table.
     pub(crate) key: FlowKey,
     /// The target's node name.
     pub(crate) target: String,
-    /// Peer address of the target's daemon.
-    pub(crate) address: SocketAddr,
+    /// Peer address of the target's daemon; `None`: it is a home, which dials itself.
+    pub(crate) address: Option<SocketAddr>,
     handler: String,
+    /// For a guest that moves on or goes home: what it is here, and whose.
+    pub(crate) guest: Option<(ServedKey, Home)>,
+    /// The address that the client talks to, in its home.
+    public: SocketAddr,
+    /// Moves on behalf of the request at hand, this one included.
+    moves: u8,
+    /// The last move that its entry is owed to; 1 is the first.
+    pub(crate) hop: u32,
     peer: Option<usize>,
     record: Option<Box<ConnRecord>>,
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
@@ -76,31 +89,9 @@ pub(crate) struct HostFlow {
     times: Times,
 }
 
-/// Moments of a hand-off, `CLOCK_MONOTONIC` ns, and what the target reported.
-#[derive(Default)]
-struct Times {
-    decided: u64,
-    received: u64,
-    held: u64,
-    dumped: u64,
-    ready: u64,
-    redirected: u64,
-    sent_ready: u64,
-    restore: u64,
-    rewrite: u64,
-    at_target: u64,
-    started: Option<u64>,
-}
-
 impl HostFlow {
     /// A connection about which nothing has been done.
-    pub(crate) fn new(
-        machine: Host,
-        ends: Ends,
-        key: FlowKey,
-        target: String,
-        address: SocketAddr,
-    ) -> HostFlow {
+    pub(crate) fn new(machine: Host, ends: Ends, target: String, address: Option<SocketAddr>) -> HostFlow {
         HostFlow {
             machine,
             socket: None,
@@ -109,10 +100,14 @@ impl HostFlow {
             options: None,
             client: ends.client,
             local: ends.local,
-            key,
+            key: flow_key(ends.client, ends.local),
             target,
             address,
             handler: String::new(),
+            guest: None,
+            public: ends.local,
+            moves: 0,
+            hop: 1,
             peer: None,
             record: None,
             asked: None,
@@ -122,6 +117,18 @@ impl HostFlow {
             to: None,
             times: Times::default(),
         }
+    }
+
+    /// Makes it the hand-off of a guest.
+    pub(crate) fn of_guest(&mut self, key: ServedKey, home: Home, public: SocketAddr) {
+        self.machine = self.machine.clone().of_guest();
+        self.guest = Some((key, home));
+        self.public = public;
+    }
+
+    /// Is the connection's place known to be elsewhere?
+    pub(crate) fn is_away(&self) -> bool {
+        matches!(self.state(), HostState::Redirected | HostState::Offloaded)
     }
 
     /// Where the hand-off stands.
@@ -142,9 +149,13 @@ impl Engine {
         };
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let key = flow_key(ends.client, ends.local);
-        let mut flow = HostFlow::new(Host::new(false), ends, key, offload.target, offload.address);
+        let (target, address) = match offload.to {
+            Destination::Target { node, address } => (node, Some(address)),
+            Destination::Home => (String::new(), None),
+        };
+        let mut flow = HostFlow::new(Host::new(false), ends, target, address);
         flow.handler = offload.handler;
+        flow.moves = offload.moves.saturating_add(1);
         flow.socket = Some(socket);
         flow.verdict = Some((slots, offload.slot, offload.generation));
         flow.times = Times { decided: offload.decided_ns, received, ..Times::default() };
@@ -152,7 +163,7 @@ impl Engine {
         if self.is_stopping() {
             return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
         }
-        self.start_when_connected(id);
+        self.start_when_settled(id);
     }
 
     /// A library has a connection whose hand-off an earlier daemon did not finish.
@@ -173,6 +184,9 @@ impl Engine {
             Some((ends, flow)) => {
                 flow.ends = ends;
                 flow.record = tcp_repair::dump(fd, &ends, MAX_QUEUES).ok().map(Box::new);
+                if let Some(record) = &mut flow.record {
+                    record.local = flow.public;
+                }
                 flow.socket = Some(socket);
                 flow.verdict = Some(verdict);
             }
@@ -199,6 +213,9 @@ impl Engine {
         }
         let early = self.config.handoff.order == Order::Early && theirs.is_some_and(Peer::is_proven);
         flow.machine = Host::new(early);
+        if flow.guest.is_some() {
+            flow.machine = flow.machine.clone().of_guest();
+        }
         self.host_event(id, HostEvent::Start);
     }
 
@@ -209,6 +226,9 @@ impl Engine {
             // Taken back, or reset: nobody must serve it there.
             return self.send_to(index, &PeerMessage::Abort(ready.id));
         };
+        if !self.peers.get(index).is_some_and(|p| p.is_node(&flow.target)) {
+            return;
+        }
         flow.times.ready = now;
         flow.times.restore = ready.restore_ns;
         flow.times.rewrite = ready.rewrite_ns;
@@ -223,32 +243,44 @@ impl Engine {
     }
 
     /// `REFUSE`.
-    pub(crate) fn on_refuse(&mut self, refuse: &Refuse) {
-        if let Some(flow) = self.hosted.get(&refuse.id) {
+    pub(crate) fn on_refuse(&mut self, index: usize, refuse: &Refuse) {
+        if let Some(flow) = self.told_by_its_target(index, refuse.id) {
             log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
             self.host_event(refuse.id, HostEvent::Refused(refuse.reason));
         }
     }
 
     /// `HANDED`.
-    pub(crate) fn on_handed(&mut self, handed: &Handed) {
-        let Some(flow) = self.hosted.get_mut(&handed.id) else { return };
+    pub(crate) fn on_handed(&mut self, index: usize, handed: &Handed) {
+        let Some(flow) = self.told_by_its_target(index, handed.id) else { return };
         if flow.state() == HostState::Redirected {
-            let boot = flow.peer.and_then(|p| self.peers.get(p)?.hello.as_ref()).map(|h| h.boot_id);
-            let steps = steps(&flow.times, handed, boot == Some(self.hello.boot_id));
-            self.metrics.offload(&steps);
             flow.record = None;
+            let kind = match &flow.guest {
+                None => Kind::Outbound,
+                Some((_, home)) if home.node == flow.target => Kind::Inbound,
+                Some(_) => Kind::Onward,
+            };
+            let times = std::mem::take(&mut flow.times);
+            let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
+            self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
         }
         self.host_event(handed.id, HostEvent::Handed);
     }
 
     /// `CLOSED`. A repeated one is acknowledged all the same.
     pub(crate) fn on_closed(&mut self, index: usize, id: HandoffId) {
-        if self.hosted.contains_key(&id) {
-            self.host_event(id, HostEvent::Closed);
-        } else {
+        if !self.hosted.contains_key(&id) {
             self.send_to(index, &PeerMessage::ClosedAck(id));
+        } else if self.told_by_its_target(index, id).is_some() {
+            self.host_event(id, HostEvent::Closed);
         }
+        // Else the connection has moved on to the sender, and `MOVED` is still to come.
+    }
+
+    /// The hand-off, if this peer is its target.
+    pub(crate) fn told_by_its_target(&mut self, index: usize, id: HandoffId) -> Option<&mut HostFlow> {
+        let peer = self.peers.get(index)?;
+        self.hosted.get_mut(&id).filter(|flow| peer.is_node(&flow.target))
     }
 
     /// The time limit of a `BEGIN_OFFLOAD`.
@@ -360,6 +392,13 @@ impl Engine {
             HostAction::Reset => self.reset(id),
             HostAction::RemoveRedirect => self.remove_redirect(id),
             HostAction::SendClosedAck => self.send_about(id, &PeerMessage::ClosedAck(id)),
+            HostAction::Repoint(to) => self.repoint(id, to),
+            HostAction::ArmLinger => self.at(Instant::now() + LINGER, Timer::Linger(id)),
+            HostAction::Guest(event) => {
+                if let Some((key, _)) = flow.guest.clone() {
+                    self.target_event(&key, &TargetEvent::Guest(event));
+                }
+            }
         }
         None
     }
@@ -377,7 +416,7 @@ impl Engine {
 
     fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
         let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
-        let peer = self.state.number(&flow.target, Some(flow.address));
+        let peer = self.state.number(&flow.target, flow.address);
         let result = self.steer.hold(&flow.key, id, peer).map_err(|e| match e {
             SteerError::Full | SteerError::Exists => Reason::TableFull,
             e => {
@@ -400,9 +439,11 @@ impl Engine {
             elapsed_ns,
             start: flow.machine.early(),
             sent_ns: now_ns(),
+            home: flow.guest.as_ref().map(|(_, home)| home.clone()),
+            moves: flow.moves,
         };
         flow.asked = Some(Instant::now());
-        let message = PeerMessage::BeginOffload(begin);
+        let message = PeerMessage::BeginOffload(Box::new(begin));
         self.send_about(id, &message);
         let PeerMessage::BeginOffload(begin) = message else { return };
         if let Some(flow) = self.hosted.get_mut(&id) {
@@ -419,8 +460,8 @@ impl Engine {
         self.send_late(id, to);
         self.replay_all_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
-        let peer = self.state.number(&flow.target, Some(flow.address));
-        if let Err(e) = self.steer.redirect(&flow.key, id, peer, to) {
+        let peer = self.state.number(&flow.target, flow.address);
+        if let Err(e) = self.steer.redirect(&flow.key, id, (peer, flow.hop), to) {
             log::error!("redirecting {}: {e}", flow.client);
             return Some(HostEvent::RedirectFailed);
         }
@@ -498,7 +539,7 @@ impl Engine {
     pub(crate) fn sweep_hosted(&mut self) {
         let now = now_ns();
         let orphan = |f: &HostFlow| {
-            if !matches!(f.state(), HostState::Redirected | HostState::Offloaded) {
+            if !f.is_away() {
                 return false;
             }
             // No entry: the client has used its port for a new connection.
@@ -520,7 +561,8 @@ fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
     let result = tcp_repair::dump(socket.as_raw_fd(), &flow.ends, MAX_QUEUES);
     flow.times.dumped = now_ns();
     match result {
-        Ok(record) => {
+        Ok(mut record) => {
+            record.local = flow.public;
             flow.record = Some(Box::new(record));
             Ok(())
         }
@@ -550,32 +592,5 @@ fn stay(flow: &mut HostFlow, reason: Reason) {
     if let Some(socket) = flow.socket.take() {
         // Edge-triggered servers have seen their edge; this raises a fresh one.
         let _ = tcp_repair::poke(socket.as_raw_fd());
-    }
-}
-
-fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
-    let round_trip = t.ready.saturating_sub(t.dumped);
-    let one_way = round_trip.saturating_sub(t.at_target) / 2;
-    let (handed_at, ready_ns) = match t.started {
-        // Early: the handler had it before the answer was sent.
-        Some(at) => {
-            let at = if same_clock { at } else { t.ready - one_way };
-            (at, 0)
-        }
-        None => {
-            let at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
-            (at, at.saturating_sub(t.redirected))
-        }
-    };
-    Steps {
-        queue_ns: t.received.saturating_sub(t.decided),
-        block_ns: t.held.saturating_sub(t.received),
-        dump_ns: t.dumped.saturating_sub(t.held),
-        transfer_ns: round_trip,
-        restore_ns: t.restore,
-        rewrite_ns: t.rewrite,
-        redirect_ns: t.redirected.saturating_sub(t.ready),
-        ready_ns,
-        total_ns: handed_at.saturating_sub(t.decided),
     }
 }

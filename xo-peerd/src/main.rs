@@ -14,12 +14,15 @@ mod ipc;
 mod links;
 mod metrics;
 mod metrics_http;
+mod onward;
 mod peer;
 mod recover;
+mod restore;
 mod state;
 mod status;
 mod steer;
 mod target;
+mod times;
 mod tls;
 mod views;
 

@@ -48,6 +48,20 @@ impl Steps {
 
 const STEPS: usize = 9;
 
+/// Between which machines a connection moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// From its home to a target.
+    Outbound,
+    /// From a target to another.
+    Onward,
+    /// From a target to its home.
+    Inbound,
+}
+
+const KINDS: [(Kind, &str); 3] =
+    [(Kind::Outbound, "outbound"), (Kind::Onward, "onward"), (Kind::Inbound, "inbound")];
+
 /// A peer, for `status`.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerView {
@@ -88,12 +102,15 @@ pub(crate) struct Live {
 
 /// The daemon's own counters.
 pub(crate) struct Metrics {
-    offloads: AtomicU64,
+    /// By [`Kind`].
+    moved: [AtomicU64; KINDS.len()],
     accepted: AtomicU64,
+    returns: AtomicU64,
     held: AtomicU64,
     refused: [AtomicU64; REASONS],
     failed: [AtomicU64; REASONS],
-    times: Mutex<Vec<Histogram<u64>>>,
+    /// By [`Kind`], then by step.
+    times: Mutex<[Vec<Histogram<u64>>; KINDS.len()]>,
 }
 
 impl Default for Metrics {
@@ -101,12 +118,15 @@ impl Default for Metrics {
         // Up to 60 s with three significant digits; the bounds are constants that the library accepts.
         let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3).ok();
         Metrics {
-            offloads: AtomicU64::new(0),
+            moved: Default::default(),
             accepted: AtomicU64::new(0),
+            returns: AtomicU64::new(0),
             held: AtomicU64::new(0),
             refused: std::array::from_fn(|_| AtomicU64::new(0)),
             failed: std::array::from_fn(|_| AtomicU64::new(0)),
-            times: Mutex::new(histogram.map(|h| vec![h; STEPS]).unwrap_or_default()),
+            times: Mutex::new(std::array::from_fn(|_| {
+                histogram.clone().map(|h| vec![h; STEPS]).unwrap_or_default()
+            })),
         }
     }
 }
@@ -119,12 +139,17 @@ impl Metrics {
     }
 
     /// A connection left.
-    pub(crate) fn offload(&self, steps: &Steps) {
-        self.offloads.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn offload(&self, kind: Kind, steps: &Steps) {
+        self.moved[kind as usize].fetch_add(1, Ordering::Relaxed);
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        for (histogram, (_, ns)) in times.iter_mut().zip(steps.named()) {
+        for (histogram, (_, ns)) in times[kind as usize].iter_mut().zip(steps.named()) {
             histogram.saturating_record(ns);
         }
+    }
+
+    /// A connection of this machine has come home.
+    pub(crate) fn returned(&self) {
+        self.returns.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A connection of another host was handed to a handler here.
@@ -168,15 +193,19 @@ impl Metrics {
             "flows_active": live.flows_active,
             "flows_hosted": live.flows_hosted,
             "flows_served": live.flows_served,
-            "offloads_total": load(&self.offloads),
+            "offloads_total": load(&self.moved[Kind::Outbound as usize]),
+            "onward_total": load(&self.moved[Kind::Onward as usize]),
+            "sent_home_total": load(&self.moved[Kind::Inbound as usize]),
             "accepted_total": load(&self.accepted),
-            "returns_total": 0,
+            "returns_total": load(&self.returns),
             "refused_total": refused_total,
             "refused_by_reason": refused,
             "failed_total": failed_total,
             "failed_by_reason": failed,
             "held_packets_total": load(&self.held),
-            "handoff_us": self.times_json(),
+            "handoff_us": self.times_json(Kind::Outbound),
+            "onward_us": self.times_json(Kind::Onward),
+            "inbound_us": self.times_json(Kind::Inbound),
             "steering": {
                 "mode": live.steering_mode,
                 "hardware": false,
@@ -193,12 +222,12 @@ impl Metrics {
         .to_string()
     }
 
-    fn times_json(&self) -> Value {
+    fn times_json(&self, kind: Kind) -> Value {
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let us = |ns: u64| json!((ns as f64 / 100.0).round() / 10.0);
         let at = |h: &Histogram<u64>, q| if h.is_empty() { json!(0) } else { us(h.value_at_quantile(q)) };
         let mut all = Map::new();
-        for (histogram, (name, _)) in times.iter().zip(Steps::default().named()) {
+        for (histogram, (name, _)) in times[kind as usize].iter().zip(Steps::default().named()) {
             let (p50, p99) = (at(histogram, 0.5), at(histogram, 0.99));
             if name == "total" {
                 all.insert("samples".into(), json!(histogram.len()));
@@ -230,8 +259,16 @@ impl Metrics {
         let reasons = |all: &[AtomicU64]| -> Vec<(String, u64)> {
             ALL.iter().zip(all).map(|(r, n)| (r.name().to_owned(), load(n))).collect()
         };
-        metric("xo_offloads_total", "counter", "Connections handed over.", &one(load(&self.offloads)));
+        let moved: Vec<_> =
+            KINDS.iter().zip(&self.moved).map(|((_, name), n)| ((*name).to_owned(), load(n))).collect();
+        metric(
+            "xo_offloads_total",
+            "counter",
+            "Connections handed over, by kind.",
+            &labelled("kind", &moved),
+        );
         metric("xo_accepted_total", "counter", "Connections taken over.", &one(load(&self.accepted)));
+        metric("xo_returns_total", "counter", "Connections that came home.", &one(load(&self.returns)));
         let refused = reasons(&self.refused);
         metric(
             "xo_refused_total",
@@ -266,10 +303,13 @@ impl Metrics {
         );
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let mut samples = Vec::new();
-        for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
-            for q in [0.5, 0.9, 0.99] {
-                let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
-                samples.push((format!("{{step=\"{name}\",quantile=\"{q}\"}}"), seconds));
+        for ((_, kind), times) in KINDS.iter().zip(times.iter()) {
+            for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
+                for q in [0.5, 0.9, 0.99] {
+                    let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
+                    let labels = format!("{{kind=\"{kind}\",step=\"{name}\",quantile=\"{q}\"}}");
+                    samples.push((labels, seconds));
+                }
             }
         }
         metric("xo_handoff_seconds", "gauge", "Hand-off time by step.", &samples);
@@ -298,7 +338,7 @@ mod tests {
     #[test]
     fn the_promised_keys_are_there() {
         let metrics = Metrics::new();
-        metrics.offload(&Steps { queue_ns: 1000, total_ns: 50_000, ..Steps::default() });
+        metrics.offload(Kind::Outbound, &Steps { queue_ns: 1000, total_ns: 50_000, ..Steps::default() });
         metrics.refused(Reason::NoHandler);
         let live =
             Live { node: "t1".into(), flow_entries: 3, steering_mode: "tcx".into(), ..Live::default() };

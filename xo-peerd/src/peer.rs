@@ -113,6 +113,11 @@ impl Peer {
         }
     }
 
+    /// Has it said that it is this node?
+    pub(crate) fn is_node(&self, name: &str) -> bool {
+        self.hello.as_ref().is_some_and(|h| h.node == name)
+    }
+
     /// Ready for hand-offs?
     pub(crate) fn usable(&self) -> bool {
         self.hello.is_some()

@@ -4,13 +4,17 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{Action, FlowEntry, FlowKey, RewriteEntry};
-use xo_proto::handoff::{Host, HostState, LIMITS, Target, TargetState};
+use xo_proto::handoff::{
+    GuestEvent, Host, HostState, LIMITS, ShortcutEvent, Target, TargetEvent, TargetState,
+};
 use xo_proto::reason::Reason;
 use xo_proto::wire::{PeerMessage, Refuse};
 use xo_sys::tcp_repair::Ends;
 
-use crate::engine::{Engine, Timer};
+use crate::engine::{Engine, ServedKey, Timer};
 use crate::host::HostFlow;
+use crate::onward::{Origin, PATIENCE as DETOUR_PATIENCE};
+use crate::restore::Entry;
 use crate::steer;
 use crate::target::Served;
 
@@ -20,11 +24,16 @@ const STOP_PATIENCE: Duration = Duration::from_secs(1);
 impl Engine {
     /// Takes over what an earlier daemon has left in the maps.
     pub(crate) fn recover(&mut self) {
-        for (key, entry) in self.steer.all_flows() {
-            self.recover_hosted(key, &entry);
-        }
         for (key, entry) in self.steer.all_rewrites() {
             self.recover_served(key, &entry);
+        }
+        let is_detour = |(_, e): &(FlowKey, FlowEntry)| e.action == Action::Deliver as u32;
+        let (ends, flows): (Vec<_>, Vec<_>) = self.steer.all_flows().into_iter().partition(is_detour);
+        for (key, entry) in flows {
+            self.recover_hosted(key, &entry);
+        }
+        for (key, entry) in ends {
+            self.recover_returned(key, &entry);
         }
         if !self.hosted.is_empty() || !self.served.is_empty() || !self.gone.is_empty() {
             log::info!(
@@ -37,8 +46,7 @@ impl Engine {
     }
 
     fn recover_hosted(&mut self, key: FlowKey, entry: &FlowEntry) {
-        let target = self.state.named(entry.peer).cloned();
-        let Some((target, address)) = target.and_then(|t| t.address.map(|address| (t, address))) else {
+        let Some(target) = self.state.named(entry.peer).cloned() else {
             log::error!("a flow entry of an unknown target: removed");
             let _ = self.steer.remove_flow(&key, entry.flow_id);
             return;
@@ -49,7 +57,15 @@ impl Engine {
             local: steer::address(key.local, key.local_port),
             v6_socket: false,
         };
-        let mut flow = HostFlow::new(Host::recovered(redirected), ends, key, target.name.clone(), address);
+        let mut flow = HostFlow::new(Host::recovered(redirected), ends, target.name.clone(), target.address);
+        flow.hop = entry.hop.into();
+        if let Some((guest, served)) = self.by_flow.get(&key).and_then(|k| Some((k, self.served.get(k)?))) {
+            flow.of_guest(guest.clone(), served.origin.next(target.address), served.host);
+            if redirected {
+                let guest = guest.clone();
+                self.target_event(&guest, &TargetEvent::Guest(GuestEvent::Left));
+            }
+        }
         if redirected {
             flow.to = Some(steer::address(entry.to_addr, entry.to_port));
         } else {
@@ -57,43 +73,89 @@ impl Engine {
             self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(entry.flow_id));
         }
         self.hosted.insert(entry.flow_id, flow);
-        self.want(&target.name, address);
+        if let Some(address) = target.address {
+            self.want(&target.name, address);
+        }
     }
 
     fn recover_served(&mut self, key: FlowKey, entry: &RewriteEntry) {
-        let names = (self.state.named(entry.peer), self.state.named(entry.handler.into()));
-        let (Some(host), Some(handler)) = names else {
+        let name = |number: u32| self.state.named(number).map(|n| n.name.clone());
+        let names = (name(entry.peer), name(entry.home_peer), name(entry.handler.into()));
+        let (Some(from), Some(home), Some(handler)) = names else {
             log::error!("a rewrite entry of an unknown host: removed");
             let _ = self.steer.remove_rewrite(&key, entry.flow_id);
             return;
         };
         let (client, local) =
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
-        let served_key = (Rc::from(host.name.as_str()), entry.flow_id);
+        let served_key: ServedKey = (Rc::from(from.as_str()), entry.flow_id);
+        let origin = Origin::recovered(&home, entry.home_id, entry.hop, false);
+        let has_left = self.steer.flow(&key).is_some_and(|e| e.action == Action::Redirect as u32);
         // A look-up that fails says nothing: the connection is watched like one that is there.
-        if matches!(self.diag.state(local, client), Ok(None)) {
+        if !has_left && matches!(self.diag.state(local, client), Ok(None)) {
             // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
-            self.gone.push((served_key, key));
+            let place = Entry::Rewrite(key);
+            if origin.is_detour() {
+                self.gone.push((origin.name(), place, entry.flow_id));
+            }
+            self.gone.push((served_key, place, entry.flow_id));
             return;
         }
-        let host = steer::address(entry.from_addr, entry.from_port);
-        let mut served = Served::new(Target::recovered(), &handler.name, client, host);
+        let public = steer::address(entry.from_addr, entry.from_port);
+        let mut served = Served::new(Target::recovered(), origin, &handler, client, public);
         served.local = local;
-        served.rewrite = Some(key);
+        served.entrance = local;
+        served.entry = Some(Entry::Rewrite(key));
+        // Its home is told when it is connected.
+        served.shortcut.on(ShortcutEvent::Confirmed);
         served.watch();
-        self.served.insert(served_key, served);
+        self.by_flow.insert(key, served_key.clone());
+        self.insert_served(served_key, served);
+    }
+
+    /// The end of the detour of a connection that has come home, or that was about to.
+    fn recover_returned(&mut self, key: FlowKey, entry: &FlowEntry) {
+        let Some(from) = self.state.named(entry.peer).cloned() else {
+            log::error!("a detour from an unknown machine: removed");
+            let _ = self.steer.remove_flow(&key, entry.flow_id);
+            return;
+        };
+        let client = steer::address(key.remote, key.remote_port);
+        let entrance = steer::address(key.local, key.local_port);
+        let public = steer::address(entry.to_addr, entry.to_port);
+        let served_key: ServedKey = (Rc::from(from.name.as_str()), entry.flow_id);
+        let its = |f: &&HostFlow| f.client == client && f.local == public && f.is_away();
+        let away = self.hosted.iter().find(|(_, f)| its(f)).map(|(id, f)| (*id, f.hop));
+        if away.is_some() && matches!(self.diag.state(public, client), Ok(None)) {
+            return self.gone.push((served_key, Entry::Deliver(key), entry.flow_id));
+        }
+        let (id, hop) = away.unwrap_or((0, 1));
+        let origin = Origin::recovered(&self.config.node, id, hop + 1, true);
+        let mut served = Served::new(Target::recovered(), origin, "", client, public);
+        served.entrance = entrance;
+        served.entry = Some(Entry::Deliver(key));
+        if away.is_none() {
+            served.shortcut.on(ShortcutEvent::Confirmed);
+            served.shortcut.on(ShortcutEvent::MovedAck);
+            self.at(Instant::now() + DETOUR_PATIENCE, Timer::Detour(served_key.clone()));
+        }
+        self.insert_served(served_key, served);
     }
 
     /// A host is connected again: connections that ended while there was no daemon here are not its any more.
     pub(crate) fn tell_gone(&mut self, node: &str) {
-        let its = self.gone.extract_if(.., |((host, _), _)| **host == *node).collect::<Vec<_>>();
-        for ((host, id), key) in its {
+        let its = self.gone.extract_if(.., |((host, _), ..)| **host == *node).collect::<Vec<_>>();
+        for ((host, id), place, owner) in its {
             let refuse = Refuse { id, reason: Reason::PeerLost, detail: "ended meanwhile".into() };
             if let Some(index) = self.connection_to(&host) {
                 self.send_to(index, &PeerMessage::Refuse(refuse));
             }
-            if let Err(e) = self.steer.remove_rewrite(&key, id) {
-                log::error!("removing a source rewrite: {e}");
+            let removed = match place {
+                Entry::Rewrite(key) => self.steer.remove_rewrite(&key, owner),
+                Entry::Deliver(key) => self.steer.remove_flow(&key, owner),
+            };
+            if let Err(e) = removed {
+                log::error!("removing a steering entry: {e}");
             }
         }
     }
@@ -114,9 +176,12 @@ impl Engine {
 
     /// Is it time to go?
     pub(crate) fn may_stop(&self) -> bool {
-        let settled = [HostState::Redirected, HostState::Offloaded];
+        let settled = [HostState::Redirected, HostState::Offloaded, HostState::Released];
         let under_way = self.hosted.values().any(|f| !settled.contains(&f.state()))
-            || self.served.values().any(|s| !matches!(s.state(), TargetState::Served | TargetState::Closing));
+            || self.served.values().any(|s| {
+                use TargetState as S;
+                !matches!(s.state(), S::Served | S::Left | S::Closing | S::Done)
+            });
         self.stop_by.is_some_and(|when| !under_way || Instant::now() >= when)
     }
 

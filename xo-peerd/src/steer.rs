@@ -48,6 +48,19 @@ pub(crate) enum SteerError {
     Map(#[from] MapError),
 }
 
+/// Whose a rewrite entry is; names by their numbers.
+pub(crate) struct RewriteOwner {
+    /// The hand-off, given by `peer`, the machine that the connection came from.
+    pub(crate) flow_id: u64,
+    pub(crate) peer: u32,
+    pub(crate) handler: u16,
+    /// The hand-off with which it left its home.
+    pub(crate) home_id: u64,
+    pub(crate) home_peer: u32,
+    /// See `RewriteEntry::hop`.
+    pub(crate) hop: u32,
+}
+
 /// The loaded programs. Dropping it detaches them: packets then go where they went before.
 pub(crate) struct Steer {
     flows: HashMap<MapData, FlowKey, FlowEntry>,
@@ -140,13 +153,13 @@ impl Steer {
         Ok(())
     }
 
-    /// Turns a held flow into a redirected one: one map update, so there is no moment in between. That the
-    /// client has closed stays known.
+    /// Turns a held flow into a redirected one, or points a redirected one elsewhere: one map update, so there is no
+    /// moment in between. That the client has closed stays known.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
         flow_id: u64,
-        peer: u32,
+        (peer, hop): (u32, u32),
         to: SocketAddr,
     ) -> Result<(), SteerError> {
         let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
@@ -154,8 +167,25 @@ impl Steer {
         };
         let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.flags = held.flags;
+        entry.last_ns = held.last_ns;
+        entry.hop = hop as u16;
         // The program may have removed the entry meanwhile: the client's port then serves a new connection.
         insert(&mut self.flows, key, &entry, EXIST)
+    }
+
+    /// Packets that come to this address go to the local stack under another: where a connection of this machine lives
+    /// that comes home.
+    pub(crate) fn deliver(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        peer: u32,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        let entry = flow_entry(Action::Deliver, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        insert(&mut self.flows, key, &entry, NO_EXIST)?;
+        self.entries += 1;
+        Ok(())
     }
 
     /// Removes the flow's entry if it is still this flow's.
@@ -173,23 +203,25 @@ impl Steer {
         self.flows.get(key, 0).ok()
     }
 
-    /// Gives packets of a restored connection the host's source address; `names` are the numbers of host and handler.
+    /// Gives packets of a restored connection the source address that its client knows.
     pub(crate) fn rewrite(
         &mut self,
         key: &FlowKey,
-        flow_id: u64,
-        names: (u32, u16),
+        owner: &RewriteOwner,
         from: SocketAddr,
     ) -> Result<(), SteerError> {
         let entry = RewriteEntry {
-            flow_id,
+            flow_id: owner.flow_id,
             packets: 0,
             bytes: 0,
             last_ns: 0,
             from_addr: mapped(from.ip()),
             from_port: from.port().to_be(),
-            handler: names.1,
-            peer: names.0,
+            handler: owner.handler,
+            peer: owner.peer,
+            home_id: owner.home_id,
+            home_peer: owner.home_peer,
+            hop: owner.hop,
         };
         insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
         self.entries += 1;
@@ -285,7 +317,7 @@ fn flow_entry(action: Action, flow_id: u64, peer: u32, to_addr: [u32; 4], to_por
         flags: 0,
         to_addr,
         to_port,
-        pad: 0,
+        hop: 0,
         peer,
     }
 }

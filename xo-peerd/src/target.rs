@@ -1,11 +1,11 @@
 //! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use xo_bpf_abi::FlowKey;
-use xo_proto::handoff::{LIMITS, Target, TargetAction, TargetEvent, TargetState};
+use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
+use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
 use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
@@ -14,7 +14,8 @@ use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer};
-use crate::steer::{SteerError, flow_key};
+use crate::onward::Origin;
+use crate::restore::Entry;
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -28,43 +29,63 @@ const LONGEST_LOOK: Duration = Duration::from_secs(1);
 /// One connection of another host, served here or about to be.
 pub(crate) struct Served {
     machine: Target,
-    begin: Option<Box<BeginOffload>>,
-    restored: Option<Repaired>,
+    /// Whose it is.
+    pub(crate) origin: Origin,
+    /// How its packets get here.
+    pub(crate) shortcut: Shortcut,
+    /// Moves that its server has asked for before it was confirmed that the connection is here.
+    pub(crate) parked: Vec<HandoffId>,
+    /// Moves on behalf of the request that waits in it.
+    pub(crate) moves: u8,
+    pub(crate) begin: Option<Box<BeginOffload>>,
+    pub(crate) restored: Option<Repaired>,
     /// Early order: a duplicate of the live socket, until the host has confirmed.
     kept: Option<OwnedFd>,
     /// Questions about it answered with "started".
     answers: u32,
     /// Name of the handler.
     pub(crate) handler: String,
-    mode: Option<HandlerMode>,
-    acceptor: Option<usize>,
+    pub(crate) mode: Option<HandlerMode>,
+    pub(crate) acceptor: Option<usize>,
     /// The client.
     pub(crate) client: SocketAddr,
     /// Our address of the connection.
     pub(crate) local: SocketAddr,
-    /// The host's address of the connection.
+    /// Where its packets come in: the same, unless it has come home.
+    pub(crate) entrance: SocketAddr,
+    /// The address that its client knows.
     pub(crate) host: SocketAddr,
-    /// Its key in the rewrite table, once it has an entry there.
-    pub(crate) rewrite: Option<FlowKey>,
+    /// Its entry in a steering table, once it has one.
+    pub(crate) entry: Option<Entry>,
     /// Who has it.
     pub(crate) place: Place,
     ending: Option<(Instant, Duration)>,
-    ready: Option<TargetReady>,
-    begun_ns: u64,
+    pub(crate) ready: Option<TargetReady>,
+    pub(crate) begun_ns: u64,
     host_ready_ns: u64,
     started_ns: Option<u64>,
     /// It is in the metrics.
     counted: bool,
     /// From dump to `HOST_READY`.
     elapsed: Duration,
-    refusal: String,
+    pub(crate) refusal: String,
 }
 
 impl Served {
-    /// A connection about which nothing has been done; `host` is its address there.
-    pub(crate) fn new(machine: Target, handler: &str, client: SocketAddr, host: SocketAddr) -> Served {
+    /// A connection about which nothing has been done; `host` is its address at home.
+    pub(crate) fn new(
+        machine: Target,
+        origin: Origin,
+        handler: &str,
+        client: SocketAddr,
+        host: SocketAddr,
+    ) -> Served {
         Served {
             machine,
+            shortcut: Shortcut::new(origin.is_detour()),
+            origin,
+            parked: Vec::new(),
+            moves: 0,
             begin: None,
             restored: None,
             kept: None,
@@ -74,8 +95,9 @@ impl Served {
             acceptor: None,
             client,
             local: host,
+            entrance: host,
             host,
-            rewrite: None,
+            entry: None,
             place: Place::None,
             ending: None,
             ready: None,
@@ -86,6 +108,11 @@ impl Served {
             elapsed: Duration::ZERO,
             refusal: String::new(),
         }
+    }
+
+    /// What is said with it to the process that accepts it.
+    pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
+        Deliver { delivery, client: self.client, guest: !self.origin.here, moves: self.moves }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
@@ -101,7 +128,7 @@ impl Served {
 
 impl Engine {
     /// `BEGIN_OFFLOAD`.
-    pub(crate) fn on_begin(&mut self, index: usize, begin: BeginOffload) {
+    pub(crate) fn on_begin(&mut self, index: usize, begin: Box<BeginOffload>) {
         let begun_ns = now_ns();
         let Some(node) = self.node_of(index) else { return };
         let key = (node, begin.id);
@@ -111,14 +138,17 @@ impl Engine {
             return;
         }
         if !self.served.contains_key(&key) {
+            let origin = Origin::of(&key, begin.home.as_ref(), &self.config.node);
             // A process is started for each connection of an `exec` handler: the host does not wait for that.
             let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
-            let early = begin.start && fresh && matches!(mode, Some(HandlerMode::Attach { .. }));
+            let quick = origin.here || matches!(mode, Some(HandlerMode::Attach { .. }));
+            let machine = Target::new(begin.start && fresh && quick);
             let mut served =
-                Served::new(Target::new(early), &begin.handler, begin.record.client, begin.record.local);
+                Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
             served.begun_ns = begun_ns;
-            served.begin = Some(Box::new(begin));
-            self.served.insert(key.clone(), served);
+            served.moves = begin.moves;
+            served.begin = Some(begin);
+            self.insert_served(key.clone(), served);
         }
         self.target_event(&key, &TargetEvent::Begin);
     }
@@ -186,8 +216,13 @@ impl Engine {
 
     /// `CLOSED_ACK`.
     pub(crate) fn on_closed_ack(&mut self, index: usize, id: HandoffId) {
-        if let Some(node) = self.node_of(index) {
-            self.target_event(&(node, id), &TargetEvent::ClosedAck);
+        let Some(node) = self.node_of(index) else { return };
+        let name = (node, id);
+        if self.served.get(&name).is_some_and(|s| s.shortcut.is_open()) {
+            return self.shortcut_event(&name, ShortcutEvent::Released);
+        }
+        for key in self.named_at_home(&name) {
+            self.target_event(&key, &TargetEvent::ClosedAck);
         }
     }
 
@@ -198,12 +233,19 @@ impl Engine {
 
     /// `CLOSED` may have been lost with a channel: says it again, to one host or to all.
     pub(crate) fn closed_again(&mut self, node: Option<&str>) {
-        let waits = |s: &Served| s.state() == TargetState::Closing;
+        let waits = |s: &Served| s.state() == TargetState::Closing || s.shortcut.is_open();
         let is_its = |host: &str| node.is_none_or(|n| n == host);
-        let keys: Vec<_> =
-            self.served.iter().filter(|(k, s)| is_its(&k.0) && waits(s)).map(|(k, _)| k.clone()).collect();
-        for key in keys {
-            self.target_event(&key, &TargetEvent::PeerBack);
+        let all = self.served.iter().filter(|(_, s)| waits(s));
+        let keys: Vec<_> = all.map(|(k, s)| (k.clone(), is_its(&k.0), is_its(&s.origin.node))).collect();
+        for (key, via, home) in keys {
+            // In this order: the home takes `CLOSED` from the connection's place only.
+            if home {
+                self.shortcut_event(&key, ShortcutEvent::HomeBack);
+                self.target_event(&key, &TargetEvent::PeerBack);
+            }
+            if via {
+                self.shortcut_event(&key, ShortcutEvent::ViaBack);
+            }
         }
     }
 
@@ -225,9 +267,7 @@ impl Engine {
                 }
             }
         }
-        if self.served.get(key).is_some_and(|s| s.state() == TargetState::Done) {
-            self.served.remove(key);
-        }
+        self.forget_served(key);
     }
 
     fn target_action(&mut self, key: &ServedKey, action: TargetAction) -> Option<TargetEvent> {
@@ -259,93 +299,21 @@ impl Engine {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
                 }
-                self.remove_rewrite(key);
+                self.remove_entry(key);
             }
             TargetAction::SendClosed => {
-                self.send_to_host(key, &PeerMessage::Closed(key.1));
+                self.send_closed(key);
                 self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
             }
-            TargetAction::RemoveRewrite => self.remove_rewrite(key),
+            TargetAction::RemoveRewrite => self.remove_entry(key),
         }
         None
     }
 
-    fn send_to_host(&mut self, key: &ServedKey, message: &PeerMessage) {
+    pub(crate) fn send_to_host(&mut self, key: &ServedKey, message: &PeerMessage) {
         if let Some(index) = self.connection_to(&key.0) {
             self.send_to(index, message);
         }
-    }
-
-    fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
-        let stopping = self.is_stopping();
-        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
-        if stopping {
-            return Err(Reason::Stopping);
-        }
-        let begin = served.begin.take().ok_or(Reason::Closed)?;
-        let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
-        let mode = handler.map(|h| h.mode.clone()).ok_or_else(|| {
-            served.refusal = format!("no handler '{}' in the configuration", begin.handler);
-            Reason::NoHandler
-        })?;
-        let (bind, v6_socket, acceptor) = match &mode {
-            HandlerMode::Attach { port } => {
-                let found = self.pick_acceptor(*port, begin.record.client);
-                let Some((number, listener)) = found else {
-                    if let Some(served) = self.served.get_mut(key) {
-                        served.refusal = format!("no process under the library listens on port {port}");
-                    }
-                    return Err(Reason::NoHandler);
-                };
-                let ip = specific(listener.ip(), begin.record.client, &self.config.addresses);
-                (ip.map(|ip| SocketAddr::new(ip, *port)), listener.is_ipv6(), Some(number))
-            }
-            HandlerMode::Exec { .. } => {
-                let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-                let ip = specific(any, begin.record.client, &self.config.addresses);
-                (ip.map(|ip| SocketAddr::new(ip, begin.record.local.port())), false, None)
-            }
-        };
-        let v6_socket = v6_socket && begin.record.client.is_ipv4();
-        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
-        let Some(bind) = bind else {
-            served.refusal = "no address of the client's family in `addresses`".into();
-            return Err(Reason::TargetUnwilling);
-        };
-        let t0 = now_ns();
-        let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(served.begun_ns));
-        let restored = tcp_repair::restore(&begin.record, bind, v6_socket, elapsed, &mut self.spare)
-            .map_err(|e| {
-                served.refusal = e.to_string();
-                Reason::RestoreFailed
-            })?;
-        let t1 = now_ns();
-        let local = restored.local();
-        let rewrite = flow_key(begin.record.client, local);
-        let names = (self.state.number(&key.0, None), self.state.number(&begin.handler, None) as u16);
-        self.steer.rewrite(&rewrite, key.1, names, begin.record.local).map_err(|e| {
-            served.refusal = e.to_string();
-            match e {
-                SteerError::Full | SteerError::Exists => Reason::TableFull,
-                _ => Reason::RestoreFailed,
-            }
-        })?;
-        let t2 = now_ns();
-        let ready = TargetReady {
-            id: key.1,
-            local,
-            restore_ns: t1 - t0,
-            rewrite_ns: t2 - t1,
-            total_ns: t2.saturating_sub(served.begun_ns),
-            started_ns: None,
-        };
-        served.restored = Some(restored);
-        served.rewrite = Some(rewrite);
-        served.local = local;
-        served.mode = Some(mode);
-        served.acceptor = acceptor;
-        served.ready = Some(ready);
-        Ok(())
     }
 
     /// Hands the socket over and leaves repair mode. `None` while a handler process is being started.
@@ -401,7 +369,7 @@ impl Engine {
     /// `TARGET_READY` of the early order.
     fn send_started(&mut self, key: &ServedKey) {
         let Some(served) = self.served.get_mut(key) else { return };
-        let (id, local) = (key.1, served.local);
+        let (id, local) = (key.1, served.entrance);
         // An earlier daemon's has no times.
         let ready = served.ready.get_or_insert(TargetReady {
             id,
@@ -429,16 +397,24 @@ impl Engine {
                 empty(&kept, served.client);
             }
             let place = std::mem::replace(&mut served.place, Place::None);
+            let parked = std::mem::take(&mut served.parked);
             self.abandoned.push(place);
+            self.hopeless(parked);
         }
-        self.remove_rewrite(key);
+        self.remove_entry(key);
     }
 
     /// The connection stays here.
     fn confirmed(&mut self, key: &ServedKey) {
         if let Some(served) = self.served.get_mut(key).filter(|s| !s.counted) {
             served.counted = true;
-            self.metrics.accepted();
+            if served.origin.here {
+                self.metrics.returned();
+            } else {
+                self.metrics.accepted();
+            }
+            self.shortcut_event(key, ShortcutEvent::Confirmed);
+            self.start_parked(key);
         }
     }
 
@@ -446,15 +422,8 @@ impl Engine {
         let at_ns = now_ns();
         let Some(served) = self.served.get_mut(key) else { return };
         let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
-        self.confirmed(key);
         self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
-    }
-
-    fn remove_rewrite(&mut self, key: &ServedKey) {
-        let Some(rewrite) = self.served.get_mut(key).and_then(|s| s.rewrite.take()) else { return };
-        if let Err(e) = self.steer.remove_rewrite(&rewrite, key.1) {
-            log::error!("removing a source rewrite: {e}");
-        }
+        self.confirmed(key);
     }
 
     /// Starts to look whether the kernel has forgotten the connection.
@@ -473,7 +442,7 @@ impl Engine {
         over.into_iter().for_each(|place| place.free(&mut self.libraries));
         let mut gone = Vec::new();
         for (key, served) in &mut self.served {
-            if served.state() != TargetState::Served {
+            if served.state() != TargetState::Served || served.origin.here {
                 continue;
             }
             if served.ending.is_none() && served.place.closed(&self.libraries) {
@@ -502,6 +471,7 @@ impl Engine {
         self.closed_again(None);
         for served in self.served.values_mut() {
             if served.state() == TargetState::Served
+                && !served.origin.here
                 && served.ending.is_none()
                 && matches!(self.diag.state(served.local, served.client), Ok(None))
             {
@@ -530,17 +500,5 @@ fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
 fn empty(socket: &OwnedFd, client: SocketAddr) {
     if let Err(e) = tcp_repair::withdraw(socket.as_raw_fd()) {
         log::error!("withdrawing the connection of {client}: {e}");
-    }
-}
-
-/// The address to restore on: the listener's own if it has one, else ours of the client's family.
-fn specific(listener: IpAddr, client: SocketAddr, addresses: &[IpAddr]) -> Option<IpAddr> {
-    let listener = listener.to_canonical();
-    let wildcard =
-        listener == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || listener == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    if wildcard {
-        addresses.iter().copied().find(|a| a.is_ipv4() == client.is_ipv4())
-    } else {
-        Some(listener)
     }
 }

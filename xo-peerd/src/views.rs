@@ -2,14 +2,15 @@
 
 use serde_json::{Value, json};
 use xo_bpf_abi::PATH_NAMES;
-use xo_proto::handoff::{HostState, TargetState};
+use xo_proto::handoff::TargetState;
 use xo_proto::reason::ALL;
 use xo_proto::slot::Counter;
 
 use crate::config::{Handler, HandlerMode};
 use crate::engine::Engine;
-use crate::host::HostFlow;
 use crate::metrics::{Live, PeerView};
+use crate::restore::Entry;
+use crate::target::Served;
 
 /// Names of the library's counters beyond the reasons.
 const LIBRARY: [(Counter, &str); 5] = [
@@ -23,9 +24,9 @@ const LIBRARY: [(Counter, &str); 5] = [
 impl Engine {
     /// The present state, for the metrics.
     pub(crate) fn live(&self) -> Live {
-        let away = |f: &&HostFlow| matches!(f.state(), HostState::Redirected | HostState::Offloaded);
-        let hosted = self.hosted.values().filter(away).count() as u64;
-        let served = self.served.values().filter(|s| s.state() == TargetState::Served).count() as u64;
+        let hosted = self.hosted.values().filter(|f| f.is_away()).count() as u64;
+        let is_here = |s: &&Served| s.state() == TargetState::Served && !s.origin.here;
+        let served = self.served.values().filter(is_here).count() as u64;
         let counters = self.steer.counters();
         Live {
             node: self.config.node.clone(),
@@ -60,7 +61,11 @@ impl Engine {
             }));
         }
         for ((node, id), s) in &self.served {
-            let entry = s.rewrite.as_ref().and_then(|k| self.steer.rewrite_entry(k));
+            let counted = match &s.entry {
+                Some(Entry::Rewrite(k)) => self.steer.rewrite_entry(k).map(|e| (e.packets, e.bytes)),
+                Some(Entry::Deliver(k)) => self.steer.flow(k).map(|e| (e.packets, e.bytes)),
+                None => None,
+            };
             flows.push(json!({
                 "role": "target",
                 "id": id,
@@ -70,8 +75,9 @@ impl Engine {
                 "to": s.host.to_string(),
                 "handler": s.handler,
                 "state": format!("{:?}", s.state()).to_lowercase(),
-                "packets": entry.map(|e| e.packets),
-                "bytes": entry.map(|e| e.bytes),
+                "home": &*s.origin.node,
+                "packets": counted.map(|c| c.0),
+                "bytes": counted.map(|c| c.1),
             }));
         }
         Value::Array(flows).to_string()

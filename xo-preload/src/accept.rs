@@ -11,7 +11,7 @@ use xo_proto::slot::Counter;
 use xo_sys::raw::{self, Fd};
 use xo_sys::tcp_repair;
 
-use crate::conn::{self, Kind};
+use crate::conn;
 use crate::fdtable::{self, Entry};
 use crate::{daemon, init, lifecycle, register};
 
@@ -100,7 +100,7 @@ pub(crate) fn accept(
             // Nothing on the way of a loopback connection can be steered.
             return accepted;
         }
-        if conn::track(accepted, Kind::Tracked, 0, flags & libc::SOCK_NONBLOCK != 0).is_none() {
+        if conn::track(accepted, None, flags & libc::SOCK_NONBLOCK != 0).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
         daemon::count(Counter::Accepted as usize);
@@ -156,7 +156,7 @@ fn hand_out(
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
-    if conn::track(fd, Kind::Restored, deliver.delivery, flags & libc::SOCK_NONBLOCK != 0).is_none() {
+    if conn::track(fd, Some(deliver), flags & libc::SOCK_NONBLOCK != 0).is_none() {
         daemon::count(Reason::SlotsFull as usize);
     }
     daemon::count(Counter::Delivered as usize);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
-use xo_proto::ipc::Offload;
+use xo_proto::ipc::{Destination, Offload};
 use xo_proto::policy::Decision;
 use xo_proto::reason::Reason;
 use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
@@ -17,6 +17,8 @@ use crate::{daemon, init, poll};
 /// Most heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
 const ESTABLISHED: u8 = 1;
+/// A request moves so often at most: machines with different policies would send it around for ever.
+const MOST_MOVES: u8 = 3;
 /// After this long without a verdict, is the daemon still there? Its own limits are below.
 const VERDICT: Duration = Duration::from_secs(5);
 
@@ -169,6 +171,7 @@ fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, head: Head<'_>, 
             if !half.stays && wants_to_move(fd, conn, index, &head) {
                 return Seen::Asked;
             }
+            conn.moves.store(0, Ordering::Relaxed);
             half.tracker.begin(&head);
             if let Some(mut responses) = conn.write() {
                 responses.expect(Method::from(head.method));
@@ -207,17 +210,28 @@ fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bo
     let Some(policy) = init::active_policy() else { return false };
     // Before the first hello the node's name is not known; rules then name other machines only.
     daemon::open();
-    let Decision::To { targets, handler, .. } = policy.decide(head, daemon::node()) else {
-        daemon::count(Counter::Local as usize);
-        return false;
+    let (to, handler) = match policy.decide(head, daemon::node()) {
+        Decision::To { targets, handler, .. } => {
+            let turn = TURN.fetch_add(1, Ordering::Relaxed);
+            let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
+            (Destination::Target { node: target.name.clone(), address: target.address }, handler)
+        }
+        Decision::Local if conn.guest.load(Ordering::Relaxed) => (Destination::Home, ""),
+        Decision::Local | Decision::Here | Decision::Unmatched => {
+            daemon::count(Counter::Local as usize);
+            return false;
+        }
     };
+    let moves = conn.moves.load(Ordering::Relaxed);
+    if moves >= MOST_MOVES {
+        daemon::count(Reason::MovedTooOften as usize);
+        return false;
+    }
     let clean = conn.write().is_some_and(|r| r.progress() == Progress::Clean);
     if !clean {
         daemon::count(Reason::NotClean as usize);
         return false;
     }
-    let turn = TURN.fetch_add(1, Ordering::Relaxed);
-    let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
     let decided_ns = raw::monotonic().as_nanos() as u64;
     conn.fd.store(fd, Ordering::Relaxed);
     conn.asked.store(true, Ordering::SeqCst);
@@ -226,9 +240,9 @@ fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bo
     let asked = daemon::offload(fd, index, still, |generation| Offload {
         slot: index,
         generation,
-        target: target.name.clone(),
-        address: target.address,
+        to,
         handler: handler.to_owned(),
+        moves,
         decided_ns,
     });
     match asked {

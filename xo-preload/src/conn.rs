@@ -9,6 +9,7 @@ use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use xo_proto::http::{RequestTracker, ResponseTracker};
+use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
 use xo_proto::slot::{GONE, SLOTS};
 use xo_sys::raw;
@@ -24,10 +25,8 @@ pub(crate) enum Kind {
     Free = 0,
     /// Followed; may be offloaded.
     Tracked = 1,
-    /// Came from another host; closing it is reported.
-    Restored = 2,
     /// Left alone for the rest of its life.
-    Passive = 3,
+    Passive = 2,
 }
 
 /// A connection. All zero is a free entry.
@@ -47,7 +46,11 @@ pub(crate) struct Conn {
     pub(crate) mode: Mode,
     /// When a head that is held back is let through, `CLOCK_MONOTONIC` ns; 0 for none.
     pub(crate) deadline: AtomicU64,
-    /// Index of its delivery, for `Restored`.
+    /// Another machine has accepted it from its client.
+    pub(crate) guest: AtomicBool,
+    /// Moves so far on behalf of the request that comes next.
+    pub(crate) moves: AtomicU8,
+    /// Index of its delivery, if it was restored here; its closing is reported.
     delivery: AtomicU32,
     /// The daemon that gave it, see `daemon::epoch`.
     given_by: AtomicU32,
@@ -73,6 +76,9 @@ pub(crate) struct ReadHalf {
 impl ReadHalf {
     const NEW: ReadHalf = ReadHalf { tracker: RequestTracker::Boundary, stays: false, partial: 0 };
 }
+
+/// No delivery: accepted from its client.
+const NONE: u32 = u32::MAX;
 
 static TABLE: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
 /// Head of the free list: index + 1 in the lower half, a counter against ABA in the upper.
@@ -109,8 +115,8 @@ pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
         .filter(|(_, c)| c.asked.load(Ordering::Acquire) && matches!(c.kind(), Kind::Tracked | Kind::Passive))
 }
 
-/// Starts to follow the connection behind a descriptor; `None` when the table is full.
-pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Option<()> {
+/// Starts to follow the connection behind a descriptor, accepted or delivered; `None` when the table is full.
+pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Option<()> {
     forget(fd);
     if !fdtable::has_room_for(fd) {
         return None;
@@ -122,7 +128,9 @@ pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Op
     conn.deadline.store(0, Ordering::Relaxed);
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
-    conn.delivery.store(delivery, Ordering::Relaxed);
+    conn.guest.store(deliver.is_some_and(|d| d.guest), Ordering::Relaxed);
+    conn.moves.store(deliver.map_or(0, |d| d.moves), Ordering::Relaxed);
+    conn.delivery.store(deliver.map_or(NONE, |d| d.delivery), Ordering::Relaxed);
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
     conn.descriptors.store(1, Ordering::Relaxed);
     // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
@@ -131,7 +139,7 @@ pub(crate) fn track(fd: i32, kind: Kind, delivery: u32, nonblocking: bool) -> Op
         conn.read.get().write(Some(ReadHalf::NEW));
         conn.write.get().write(Some(ResponseTracker::default()));
     }
-    conn.kind.store(kind as u8, Ordering::Release);
+    conn.kind.store(Kind::Tracked as u8, Ordering::Release);
     fdtable::set(fd, fdtable::Entry::Connection(index));
     Some(())
 }
@@ -172,8 +180,7 @@ impl Conn {
     pub(crate) fn kind(&self) -> Kind {
         match self.kind.load(Ordering::Acquire) {
             1 => Kind::Tracked,
-            2 => Kind::Restored,
-            3 => Kind::Passive,
+            2 => Kind::Passive,
             _ => Kind::Free,
         }
     }
@@ -206,11 +213,9 @@ impl Conn {
     }
 
     fn release(&self, index: u32) {
-        if self.kind() == Kind::Restored {
-            daemon::closed_delivery(
-                self.delivery.load(Ordering::Relaxed),
-                self.given_by.load(Ordering::Relaxed),
-            );
+        let delivery = self.delivery.load(Ordering::Relaxed);
+        if delivery != NONE {
+            daemon::closed_delivery(delivery, self.given_by.load(Ordering::Relaxed));
         }
         // A verdict that is still to come finds the slot cleared and is ignored.
         daemon::clear_slot(index);

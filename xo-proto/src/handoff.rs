@@ -18,11 +18,13 @@
 //! - after the redirect, the target either serves the connection, or says `Refuse` and the host resets it: the client is told.
 
 mod host;
+mod shortcut;
 mod target;
 
 use std::time::Duration;
 
-pub use host::{Host, HostAction, HostEvent, HostState};
+pub use host::{GuestEvent, Host, HostAction, HostEvent, HostState};
+pub use shortcut::{Shortcut, ShortcutAction, ShortcutEvent, ShortcutState};
 pub use target::{Target, TargetAction, TargetEvent, TargetState};
 
 /// Time limits that both ends must agree on; each measures them on its own clock, of which only the rate matters.

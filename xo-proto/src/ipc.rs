@@ -8,7 +8,7 @@ use bincode::{Decode, Encode};
 use crate::reason::Reason;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -69,14 +69,28 @@ pub struct Offload {
     pub slot: u32,
     /// The slot's generation.
     pub generation: u32,
-    /// Target's node name.
-    pub target: String,
-    /// Peer address of the target's daemon.
-    pub address: SocketAddr,
+    /// Where to.
+    pub to: Destination,
     /// Handler at the target.
     pub handler: String,
+    /// Moves so far on behalf of the request at hand.
+    pub moves: u8,
     /// `CLOCK_MONOTONIC` when the policy had decided, ns.
     pub decided_ns: u64,
+}
+
+/// Where a connection is to go.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Destination {
+    /// To another machine.
+    Target {
+        /// Its node name.
+        node: String,
+        /// Peer address of its daemon.
+        address: SocketAddr,
+    },
+    /// To the machine that accepted it from its client.
+    Home,
 }
 
 /// Daemon to library.
@@ -109,6 +123,10 @@ pub struct Deliver {
     pub delivery: u32,
     /// The client, for `accept`'s address argument.
     pub client: SocketAddr,
+    /// The connection is another machine's, and can go home to it.
+    pub guest: bool,
+    /// Moves so far on behalf of the request that waits in it.
+    pub moves: u8,
 }
 
 /// Outcome of an [`Offload`], kept in the slot.

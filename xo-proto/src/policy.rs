@@ -49,6 +49,8 @@ impl PolicyError {
 pub struct Policy {
     /// Local ports whose connections are tracked.
     pub listen: Vec<u16>,
+    /// All machines that rules may name.
+    pub targets: Vec<Target>,
     rules: Vec<Rule>,
 }
 
@@ -163,7 +165,12 @@ impl Parts {
             let handler = raw.handler.unwrap_or_else(|| DEFAULT_HANDLER.to_owned());
             rules.push(Rule { conditions: raw.conditions, local, targets, handler });
         }
-        Ok(Policy { listen: self.listen.iter().map(|p| p.value).collect(), rules })
+        let targets = self.targets.into_iter();
+        Ok(Policy {
+            listen: self.listen.iter().map(|p| p.value).collect(),
+            targets: targets.map(|(name, address)| Target { name: name.value, address }).collect(),
+            rules,
+        })
     }
 }
 

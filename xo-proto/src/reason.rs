@@ -69,10 +69,12 @@ pub enum Reason {
     Stopping,
     /// This machine's daemon went away during the hand-off; the next one has settled it.
     DaemonLost,
+    /// The request has moved several times already: policies of different machines contradict each other.
+    MovedTooOften,
 }
 
 /// Number of reasons.
-pub const REASONS: usize = Reason::DaemonLost as usize + 1;
+pub const REASONS: usize = Reason::MovedTooOften as usize + 1;
 
 /// All reasons, in the order of their numbers.
 pub const ALL: [Reason; REASONS] = {
@@ -110,6 +112,7 @@ pub const ALL: [Reason; REASONS] = {
         Closed,
         Stopping,
         DaemonLost,
+        MovedTooOften,
     ]
 };
 
@@ -151,6 +154,7 @@ impl Reason {
             Closed => "closed",
             Stopping => "stopping",
             DaemonLost => "daemon_lost",
+            MovedTooOften => "moved_too_often",
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// First field of the first message.
 pub const MAGIC: [u8; 4] = *b"XOP1";
 
@@ -21,7 +21,7 @@ pub enum PeerMessage {
     /// First message in each direction.
     Hello(Hello),
     /// Host to target: here is a connection; restore it and say where (paper 4.1.1, `BEGIN_OFFLOAD`).
-    BeginOffload(BeginOffload),
+    BeginOffload(Box<BeginOffload>),
     /// Target to host: restored, in repair mode, its source rewrite installed (`TARGET_READY`).
     TargetReady(TargetReady),
     /// Target to host: not here; the host serves the request itself.
@@ -35,10 +35,15 @@ pub enum PeerMessage {
     Query(Query),
     /// Target to host: the handler has the socket.
     Handed(Handed),
-    /// Target to host: the connection's TCP close has finished; remove the redirect.
+    /// Target to host: the connection's TCP close has finished, or its home redirects its packets by itself by now;
+    /// remove the redirect.
     Closed(HandoffId),
     /// Host to target: the redirect is gone; remove the source rewrite.
     ClosedAck(HandoffId),
+    /// Target to home: the connection has moved on, it is here now; redirect its packets straight to me.
+    Moved(Moved),
+    /// Home to target: its packets come to you, or to one where it has moved on since.
+    MovedAck(MovedAck),
     /// Liveness probe, and a sample of the time that a message is under way; answered by `Pong`.
     Ping(Ping),
     /// Answer to `Ping`, with its number.
@@ -93,6 +98,45 @@ pub struct BeginOffload {
     pub start: bool,
     /// The sender's `CLOCK_MONOTONIC`, ns.
     pub sent_ns: u64,
+    /// For a connection that moves on or comes home: whose it is. `None`: the sender's.
+    pub home: Option<Home>,
+    /// Moves so far on behalf of the request that waits in the receive queue, this one included.
+    pub moves: u8,
+}
+
+/// The machine that accepted a connection from its client and steers its packets.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Home {
+    /// Its node name.
+    pub node: String,
+    /// The hand-off with which the connection left it.
+    pub id: HandoffId,
+    /// How often the connection has moved since it was there; this move included, so at least 2.
+    pub hop: u32,
+    /// Peer address of the daemon that this message goes to, as the sender's policy has it; the home is told.
+    pub address: Option<SocketAddr>,
+}
+
+/// A connection has moved on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Moved {
+    /// [`Home::id`].
+    pub id: HandoffId,
+    /// [`Home::hop`]: of several, the highest is the connection's place.
+    pub hop: u32,
+    /// Where its packets are to go.
+    pub local: SocketAddr,
+    /// [`Home::address`].
+    pub address: Option<SocketAddr>,
+}
+
+/// Answer to [`Moved`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct MovedAck {
+    /// [`Moved::id`].
+    pub id: HandoffId,
+    /// [`Moved::hop`].
+    pub hop: u32,
 }
 
 /// Packets come to the target from now on.

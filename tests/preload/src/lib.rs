@@ -14,6 +14,7 @@ pub mod load;
 pub mod plain;
 pub mod program;
 pub mod servers;
+pub mod shards;
 
 pub use bed::Bed;
 pub use client::{Connection, Response};

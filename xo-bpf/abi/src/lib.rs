@@ -42,6 +42,9 @@ pub enum Action {
     Hold = 0,
     /// Rewrite the destination to `to_addr:to_port` and send it on.
     Redirect = 1,
+    /// Rewrite the destination to `to_addr:to_port`, which is this machine's, and pass it to the local stack: the last
+    /// part of the detour of a connection that has come home.
+    Deliver = 2,
 }
 
 /// [`FlowEntry::flags`]: the client has sent a FIN.
@@ -69,8 +72,8 @@ pub struct FlowEntry {
     pub to_addr: [u32; 4],
     /// New destination port, network byte order.
     pub to_port: u16,
-    /// Zero.
-    pub pad: u16,
+    /// Lower half of the number of the move that the entry is owed to; for user space only, as is `peer`.
+    pub hop: u16,
     /// The target, by its number in the daemon's list of names. For user space only: a restarted daemon finds its flows
     /// again in the pinned map.
     pub peer: u32,
@@ -80,7 +83,7 @@ pub struct FlowEntry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RewriteEntry {
-    /// Identity of the hand-off that owns the entry.
+    /// Identity of the hand-off that owns the entry, given by the machine that the connection came from.
     pub flow_id: u64,
     /// Packets rewritten.
     pub packets: u64,
@@ -94,8 +97,14 @@ pub struct RewriteEntry {
     pub from_port: u16,
     /// The handler, by its number in the daemon's list of names; for user space only.
     pub handler: u16,
-    /// The host, likewise.
+    /// The machine that the connection came from, likewise.
     pub peer: u32,
+    /// Identity of the hand-off with which the connection left its home; equal to `flow_id` if it came from there.
+    pub home_id: u64,
+    /// The home, by its number in the daemon's list of names.
+    pub home_peer: u32,
+    /// How often the connection has moved since it was at home; 1 if it came from there.
+    pub hop: u32,
 }
 
 /// Precedes each packet in [`HELD_MAP`].
@@ -138,10 +147,12 @@ pub enum Path {
     Rewritten = 8,
     /// Egress: of a known flow, but a rewrite helper failed; dropped.
     RewriteFailed = 9,
+    /// Ingress: of a connection that has come home by a detour; rewritten and passed to the local stack.
+    Delivered = 10,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 10;
+pub const PATHS: u32 = 11;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -155,11 +166,12 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "egress_miss",
     "rewritten",
     "rewrite_failed",
+    "delivered",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);
 const _: () = assert!(size_of::<FlowEntry>() == 64);
-const _: () = assert!(size_of::<RewriteEntry>() == 56);
+const _: () = assert!(size_of::<RewriteEntry>() == 72);
 const _: () = assert!(size_of::<HeldHeader>() == 56);
 
 #[cfg(feature = "user")]

@@ -19,6 +19,8 @@ pub enum HostState {
     Redirected,
     /// The target's handler has the connection.
     Offloaded,
+    /// Of a connection that has moved on: its home redirects its packets by itself; what was under way is still sent on.
+    Released,
     /// Over, one way or another.
     Done,
 }
@@ -60,8 +62,15 @@ pub enum HostEvent {
         /// The client has acknowledged bytes that this host never sent: the target's.
         served: bool,
     },
-    /// The connection's TCP close has finished at the target.
+    /// The connection's TCP close has finished at the target; of a connection that has moved on also: its home redirects
+    /// its packets by itself.
     Closed,
+    /// The time limit armed by `ArmLinger` ran out.
+    LingerOver,
+    /// The connection has moved on from the target; its packets are to go there now.
+    Moved(SocketAddr),
+    /// The connection has come home.
+    Returned,
 }
 
 /// What the host's driver has to do.
@@ -97,6 +106,25 @@ pub enum HostAction {
     RemoveRedirect,
     /// Send `CLOSED_ACK`.
     SendClosedAck,
+    /// Point the REDIRECT entry at this address.
+    Repoint(SocketAddr),
+    /// Arm the limit after which no packet is under way to this machine any more.
+    ArmLinger,
+    /// Tell the connection's record as a guest of this machine what has become of it.
+    Guest(GuestEvent),
+}
+
+/// What happens to a guest that moves on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// Its socket is gone from here.
+    Left,
+    /// Its next target has it for sure.
+    Passed,
+    /// Its packets do not come here any more.
+    Released,
+    /// Its next target has lost it, or has seen its end before anybody else got to know.
+    Lost,
 }
 
 /// One hand-off on the host.
@@ -106,13 +134,22 @@ pub struct Host {
     early: bool,
     /// The target has started the connection before it was told that the flow is redirected.
     started: bool,
+    /// The connection is another machine's, and moves on from here or goes home.
+    guest: bool,
 }
 
 impl Host {
     /// A hand-off in the early order, or in the strict one.
     #[must_use]
     pub fn new(early: bool) -> Host {
-        Host { state: HostState::Asked, early, started: false }
+        Host { state: HostState::Asked, early, started: false, guest: false }
+    }
+
+    /// The same for a guest: a connection whose home is another machine.
+    #[must_use]
+    pub fn of_guest(mut self) -> Host {
+        self.guest = true;
+        self
     }
 
     /// A hand-off of an earlier daemon of this machine: it was begun, and nobody knows what the target has made of it
@@ -120,7 +157,7 @@ impl Host {
     #[must_use]
     pub fn recovered(redirected: bool) -> Host {
         let state = if redirected { HostState::Redirected } else { HostState::Doubt };
-        Host { state, early: true, started: true }
+        Host { state, early: true, started: true, guest: false }
     }
 
     /// Where the hand-off stands.
@@ -138,15 +175,16 @@ impl Host {
     /// Takes an event; appends what has to be done, in order, to `actions`. Events that mean nothing in the
     /// present state (repeated, late) do nothing.
     pub fn on(&mut self, event: &HostEvent, actions: &mut Vec<HostAction>) {
+        use GuestEvent as G;
         use HostAction as A;
         use HostEvent as E;
         use HostState as S;
-        let (early, before) = (self.early, self.started);
+        let (early, before, guest) = (self.early, self.started, self.guest);
         if let E::TargetReady { started, .. } = event {
             self.started |= *started;
         }
         let mut then = |next: HostState, all: &[HostAction]| {
-            actions.extend_from_slice(all);
+            actions.extend(all.iter().filter(|a| guest || !matches!(a, A::Guest(_))).cloned());
             next
         };
         self.state = match (self.state, event) {
@@ -164,11 +202,13 @@ impl Host {
                 then(S::Doubt, &[A::SendQuery])
             }
             (S::Begun | S::Doubt, E::TargetReady { local, .. }) => {
-                then(S::Redirected, &[A::Redirect(*local), A::SendHostReady, A::Vacate])
+                then(S::Redirected, &[A::Redirect(*local), A::SendHostReady, A::Vacate, A::Guest(G::Left)])
             }
             // Started, served and over before its answer was believed.
             (S::Begun | S::Doubt, E::Closed) => {
-                then(S::Done, &[A::Vacate, A::RemoveRedirect, A::SendClosedAck])
+                let gone = [A::Vacate, A::Guest(G::Left), A::Guest(G::Lost)];
+                let over = then(S::Done, &gone);
+                then(over, &[A::RemoveRedirect, A::SendClosedAck])
             }
             (S::Begun | S::Doubt, E::Refused(r)) => then(S::Done, &[A::TakeBack, A::Stay(*r)]),
             (S::Begun, E::Deadline) if early => then(S::Doubt, &[A::ArmDoubt, A::SendQuery]),
@@ -181,21 +221,37 @@ impl Host {
             (S::Doubt, E::DoubtOver { served: false }) => {
                 then(S::Done, &[A::SendAbort, A::TakeBack, A::Stay(Reason::PeerTimeout)])
             }
-            (S::Doubt, E::DoubtOver { served: true }) => then(S::Done, &[A::SendAbort, A::Vacate, A::Reset]),
+            (S::Doubt, E::DoubtOver { served: true }) => {
+                then(S::Done, &[A::SendAbort, A::Vacate, A::Reset, A::Guest(G::Left), A::Guest(G::Lost)])
+            }
 
             // The driver reports this before it goes on, so nothing has left yet.
             (S::Redirected, E::RedirectFailed) if !before => {
                 then(S::Done, &[A::SendAbort, A::TakeBack, A::Stay(Reason::TableFull)])
             }
             // The target has started it, and may have sent something.
-            (S::Redirected, E::RedirectFailed) => then(S::Done, &[A::SendAbort, A::Vacate, A::Reset]),
-            (S::Redirected, E::Handed) => S::Offloaded,
+            (S::Redirected, E::RedirectFailed) => {
+                then(S::Done, &[A::SendAbort, A::Vacate, A::Reset, A::Guest(G::Left), A::Guest(G::Lost)])
+            }
+            (S::Redirected, E::Handed) => then(S::Offloaded, &[A::Guest(G::Passed)]),
             // HOST_READY may be lost with the channel; the target answers a repeated one.
             (S::Redirected, E::PeerBack) => then(S::Redirected, &[A::SendHostReady]),
-            (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset]),
+            (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset, A::Guest(G::Lost)]),
+            // Packets that the home had sent here before it redirected them may still be under way.
+            (S::Redirected | S::Offloaded, E::Closed) if guest => {
+                then(S::Released, &[A::Guest(G::Passed), A::ArmLinger])
+            }
+            (S::Released, E::LingerOver) => {
+                then(S::Done, &[A::RemoveRedirect, A::SendClosedAck, A::Guest(G::Released)])
+            }
             (S::Redirected | S::Offloaded, E::Closed) => {
                 then(S::Done, &[A::RemoveRedirect, A::SendClosedAck])
             }
+            // Who has passed it on had it.
+            (S::Redirected | S::Offloaded, E::Moved(local)) if !guest => {
+                then(S::Offloaded, &[A::Repoint(*local)])
+            }
+            (S::Redirected | S::Offloaded, E::Returned) if !guest => then(S::Done, &[A::RemoveRedirect]),
             (state, _) => state,
         };
     }

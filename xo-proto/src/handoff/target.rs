@@ -1,5 +1,6 @@
 //! The target's side.
 
+use super::GuestEvent;
 use crate::reason::Reason;
 
 /// Where a hand-off stands on the target.
@@ -15,6 +16,8 @@ pub enum TargetState {
     Unconfirmed,
     /// The handler has the socket.
     Served,
+    /// The connection has moved on, or gone home.
+    Left,
     /// The kernel has forgotten the connection; `CLOSED` is out.
     Closing,
     /// Over.
@@ -49,6 +52,10 @@ pub enum TargetEvent {
     PeerBack,
     /// `CLOSED_ACK`.
     ClosedAck,
+    /// The connection moves on from here, as a hand-off of its own.
+    Guest(GuestEvent),
+    /// It has come home, and the machine that it came from sends on no packets any more.
+    Home,
 }
 
 /// What the target's driver has to do.
@@ -112,6 +119,7 @@ impl Target {
 
     /// As [`super::Host::on`].
     pub fn on(&mut self, event: &TargetEvent, actions: &mut Vec<TargetAction>) {
+        use GuestEvent as G;
         use TargetAction as A;
         use TargetEvent as E;
         use TargetState as S;
@@ -133,7 +141,7 @@ impl Target {
             (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded]),
             (S::Started, E::Handed(Err(r))) => then(S::Done, &[A::Discard, A::Refuse(*r)]),
             (S::Unconfirmed, E::Begin | E::Query) => then(S::Unconfirmed, &[A::SendStarted]),
-            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::Keep, A::SendHanded]),
+            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::SendHanded, A::Keep]),
             (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep]),
             (S::Unconfirmed, E::Fence { acknowledged: false } | E::Abort) => then(S::Done, &[A::Withdraw]),
             (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
@@ -141,6 +149,15 @@ impl Target {
             (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
             (S::Served, E::SocketGone) | (S::Closing, E::PeerBack) => then(S::Closing, &[A::SendClosed]),
             (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
+            (S::Served, E::Home) => then(S::Done, &[A::RemoveRewrite]),
+
+            (S::Served, E::Guest(G::Left)) => S::Left,
+            // Until then a reset would have to be sent from here.
+            (S::Left, E::Guest(G::Passed)) => then(S::Left, &[A::RemoveRewrite]),
+            (S::Left, E::Guest(G::Released)) => S::Done,
+            (S::Left, E::Guest(G::Lost)) => then(S::Closing, &[A::SendClosed]),
+            // Whoever still asks was answered once, and the answer lost.
+            (S::Left, E::HostReady) => then(S::Left, &[A::SendHanded]),
             (state, _) => state,
         };
     }

@@ -136,7 +136,7 @@ fn early_target_starts_at_once_and_gives_up_what_is_not_confirmed() {
         assert_eq!(actions[..3], [A::Restore, A::Start, A::SendStarted]);
         (state, actions[3..].to_vec())
     };
-    assert_eq!(run(&[HostReady]), (TargetState::Served, vec![A::Keep, A::SendHanded]));
+    assert_eq!(run(&[HostReady]), (TargetState::Served, vec![A::SendHanded, A::Keep]));
     assert_eq!(run(&[Fence { acknowledged: false }]), (TargetState::Done, vec![A::Withdraw]));
     assert_eq!(run(&[Fence { acknowledged: true }]), (TargetState::Served, vec![A::Keep]));
     assert_eq!(run(&[Abort, HostReady]), (TargetState::Done, vec![A::Withdraw]));

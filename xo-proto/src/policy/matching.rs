@@ -8,8 +8,12 @@ use crate::http::RequestHead;
 /// What the policy says about a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision<'p> {
-    /// Served where it is.
+    /// No rule is about it: served where it is.
+    Unmatched,
+    /// To the machine that accepted the connection from its client.
     Local,
+    /// The rule names this machine.
+    Here,
     /// To one of these, by turns.
     To {
         /// Number of the rule, from 0.
@@ -22,19 +26,16 @@ pub enum Decision<'p> {
 }
 
 impl Policy {
-    /// Decides about a request on the machine `node`: a rule that names this machine, or `local`, leaves it
-    /// here.
+    /// Decides about a request on the machine `node`: a rule that names this machine leaves it here.
     #[must_use]
     pub fn decide(&self, head: &RequestHead<'_>, node: &str) -> Decision<'_> {
         let path = normalised(head.path);
         let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
         match found {
-            Some((rule, r))
-                if !r.local && !r.targets.is_empty() && r.targets.iter().all(|t| t.name != node) =>
-            {
-                Decision::To { rule, targets: &r.targets, handler: &r.handler }
-            }
-            _ => Decision::Local,
+            None => Decision::Unmatched,
+            Some((_, r)) if r.targets.iter().any(|t| t.name == node) => Decision::Here,
+            Some((_, r)) if r.local || r.targets.is_empty() => Decision::Local,
+            Some((rule, r)) => Decision::To { rule, targets: &r.targets, handler: &r.handler },
         }
     }
 

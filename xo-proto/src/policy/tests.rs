@@ -39,7 +39,7 @@ fn head(text: &str) -> Box<RequestHead<'_>> {
 
 fn names(policy: &Policy, node: &str, request: &str) -> Option<(usize, Vec<String>, String)> {
     match policy.decide(&head(&format!("{request}\r\n\r\n")), node) {
-        Decision::Local => None,
+        Decision::Unmatched | Decision::Local | Decision::Here => None,
         Decision::To { rule, targets, handler } => {
             Some((rule, targets.iter().map(|t| t.name.clone()).collect(), handler.to_owned()))
         }

@@ -107,3 +107,8 @@ pub(super) fn held(steer: &mut Steer) -> Vec<(HeldHeader, Vec<u8>)> {
     steer.drain_held(&mut |header, packet| held.push((*header, packet.to_vec())));
     held
 }
+
+/// A rewrite entry of hand-off `flow_id`, from its home.
+pub(super) fn owner(flow_id: u64) -> RewriteOwner {
+    RewriteOwner { flow_id, peer: 0, handler: 0, home_id: flow_id, home_peer: 0, hop: 1 }
+}

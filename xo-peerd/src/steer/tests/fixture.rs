@@ -8,7 +8,7 @@ use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
 use xo_proto::packet::segments;
 
 use super::super::*;
-use super::bench::{Bench, Hook, Verdict};
+use super::bench::{Bench, Hook, Verdict, owner};
 use super::frame::frame;
 use crate::clock::now_ns;
 
@@ -155,8 +155,11 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
     let key = flow_key(address(0), address(1));
     match words.get(2) {
         Some(&"hold") => steer.hold(&key, FLOW, 0),
-        Some(&"to") => steer.hold(&key, FLOW, 0).and_then(|()| steer.redirect(&key, FLOW, 0, address(3))),
-        Some(&"from") => steer.rewrite(&key, FLOW, (0, 0), address(3)),
+        Some(&"to") => {
+            steer.hold(&key, FLOW, 0).and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
+        }
+        Some(&"deliver") => steer.deliver(&key, FLOW, 0, address(3)),
+        Some(&"from") => steer.rewrite(&key, &owner(FLOW), address(3)),
         _ => panic!("flow {flow}"),
     }
     .expect("the entry");

@@ -7,6 +7,7 @@ use socket2::{Domain, Socket, Type};
 use xo_proto::packet::segments;
 
 use super::super::*;
+use super::bench::owner;
 use super::frame::{frame, left_to_nic, valid};
 use super::tap::{NEEDS_CSUM, Tap, alone, offloaded};
 
@@ -96,9 +97,9 @@ fn a_redirected_packet_leaves_for_the_next_hop_with_its_offloads() {
     alone(|| {
         let mut tap = Tap::up();
         tap.steer.hold(&v4(), 4, 0).expect("an entry");
-        tap.steer.redirect(&v4(), 4, 0, address("10.3.0.2:8080")).expect("the flip");
+        tap.steer.redirect(&v4(), 4, (0, 1), address("10.3.0.2:8080")).expect("the flip");
         tap.steer.hold(&v6(), 6, 0).expect("an entry");
-        tap.steer.redirect(&v6(), 6, 0, address("[fd00:3::2]:8080")).expect("the flip");
+        tap.steer.redirect(&v6(), 6, (0, 1), address("[fd00:3::2]:8080")).expect("the flip");
         let ips = [
             ("v4 192.0.2.7 > 10.2.0.2 ttl=9", "v4 192.0.2.7 > 10.3.0.2 ttl=9"),
             ("v6 2001:db8::7 > fd00:2::2 hops=9", "v6 2001:db8::7 > fd00:3::2 hops=9"),
@@ -182,7 +183,7 @@ fn one_tag_is_steered_and_two_are_not() {
             assert_eq!(tap.held().len(), 0, "{two}");
         }
         assert_eq!(tap.paths(), [("held", 2)]);
-        tap.steer.redirect(&v4(), 7, 0, address("10.3.0.2:8080")).expect("the flip");
+        tap.steer.redirect(&v4(), 7, (0, 1), address("10.3.0.2:8080")).expect("the flip");
         for one in ["vlan 5", "qinq 5"] {
             tap.send(&tags(one, host));
             let (_, got) = tap.receive(PATIENCE).unwrap_or_else(|| panic!("{one}: nothing"));
@@ -207,7 +208,7 @@ fn a_socket_speaks_with_the_hosts_address() {
         ] {
             let (local, client, host) = (address(local), address(client), address(host));
             let key = flow_key(client, local);
-            tap.steer.rewrite(&key, 7, (0, 0), host).expect("an entry");
+            tap.steer.rewrite(&key, &owner(7), host).expect("an entry");
             let socket = Socket::new(Domain::for_address(local), Type::STREAM, None).expect("a socket");
             socket.set_nonblocking(true).expect("non-blocking");
             socket.bind(&local.into()).expect("bind");

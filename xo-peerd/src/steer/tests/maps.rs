@@ -3,7 +3,7 @@
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
 
 use super::super::*;
-use super::bench::{Bench, Hook, Verdict};
+use super::bench::{Bench, Hook, Verdict, owner};
 use super::frame::frame;
 
 fn key(client_port: u16) -> FlowKey {
@@ -19,7 +19,7 @@ fn only_what_was_removed_is_counted_out() {
     let mut steer = Bench::new().steer;
     steer.hold(&key(1), 7, 0).expect("an entry");
     steer.hold(&key(2), 8, 0).expect("an entry");
-    steer.rewrite(&key(1), 7, (0, 0), target()).expect("an entry");
+    steer.rewrite(&key(1), &owner(7), target()).expect("an entry");
     assert_eq!(steer.flow_entries(), 3);
     for (what, removed) in [
         ("another's flow entry", steer.remove_flow(&key(1), 8)),
@@ -63,12 +63,15 @@ fn what_the_program_removed_is_counted_out_once() {
 fn an_entry_has_one_owner() {
     let mut steer = Bench::new().steer;
     steer.hold(&key(1), 7, 0).expect("an entry");
-    steer.rewrite(&key(1), 7, (0, 0), target()).expect("an entry");
+    steer.rewrite(&key(1), &owner(7), target()).expect("an entry");
     assert!(matches!(steer.hold(&key(1), 8, 0), Err(SteerError::Exists)));
     assert!(matches!(steer.hold(&key(1), 7, 0), Err(SteerError::Exists)), "not even twice by its owner");
-    assert!(matches!(steer.rewrite(&key(1), 8, (0, 0), target()), Err(SteerError::Exists)));
-    assert!(matches!(steer.redirect(&key(1), 8, 0, target()), Err(SteerError::NotOurs)));
-    assert!(matches!(steer.redirect(&key(2), 7, 0, target()), Err(SteerError::NotOurs)), "there is none");
+    assert!(matches!(steer.rewrite(&key(1), &owner(8), target()), Err(SteerError::Exists)));
+    assert!(matches!(steer.redirect(&key(1), 8, (0, 1), target()), Err(SteerError::NotOurs)));
+    assert!(
+        matches!(steer.redirect(&key(2), 7, (0, 1), target()), Err(SteerError::NotOurs)),
+        "there is none"
+    );
     let entry = steer.flow(&key(1)).expect("the entry");
     assert_eq!((entry.flow_id, entry.action), (7, Action::Hold as u32));
     assert_eq!(steer.flow_entries(), 2);
@@ -79,13 +82,13 @@ fn a_full_table_refuses() {
     let mut steer = Bench::with(2, 4096).steer;
     for port in [1, 2] {
         steer.hold(&key(port), 7, 0).expect("room");
-        steer.rewrite(&key(port), 7, (0, 0), target()).expect("room");
+        steer.rewrite(&key(port), &owner(7), target()).expect("room");
     }
     assert!(matches!(steer.hold(&key(3), 7, 0), Err(SteerError::Full)));
-    assert!(matches!(steer.rewrite(&key(3), 7, (0, 0), target()), Err(SteerError::Full)));
+    assert!(matches!(steer.rewrite(&key(3), &owner(7), target()), Err(SteerError::Full)));
     assert_eq!(steer.flow_entries(), 4);
     assert!(steer.flow(&key(1)).is_some() && steer.flow(&key(2)).is_some(), "nobody was evicted");
-    steer.redirect(&key(1), 7, 0, target()).expect("an update needs no room");
+    steer.redirect(&key(1), 7, (0, 1), target()).expect("an update needs no room");
     assert!(steer.remove_flow(&key(2), 7).expect("the map"));
     steer.hold(&key(3), 7, 0).expect("room again");
     assert_eq!(steer.flow_entries(), 4);
@@ -98,10 +101,11 @@ fn a_redirect_knows_how_the_client_closed() {
         let mut bench = Bench::new();
         bench.steer.hold(&key(40000), 7, 0).expect("an entry");
         bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 {flags}")));
-        bench.steer.redirect(&key(40000), 7, 0, target()).expect("the flip");
+        let last_ns = bench.steer.flow(&key(40000)).expect("the entry").last_ns;
+        bench.steer.redirect(&key(40000), 7, (0, 1), target()).expect("the flip");
         let entry = bench.steer.flow(&key(40000)).expect("the entry");
         let state = (entry.action, entry.flags, entry.packets, entry.bytes, entry.last_ns);
-        assert_eq!(state, (Action::Redirect as u32, expected, 0, 0, 0), "{flags}");
+        assert_eq!(state, (Action::Redirect as u32, expected, 0, 0, last_ns), "{flags}");
         let syn = frame("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 S");
         let verdict = if expected == 0 { Verdict::Redirect } else { Verdict::Pass };
         assert_eq!(bench.run(Hook::Ingress, &syn).0, verdict, "{flags}");

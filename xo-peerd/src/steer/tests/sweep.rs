@@ -1,7 +1,7 @@
 //! What a table of single frames cannot show: each length, many addresses, a full ring.
 
 use super::super::*;
-use super::bench::{Bench, Hook, Verdict};
+use super::bench::{Bench, Hook, Verdict, owner};
 use super::frame::{frame, valid};
 
 /// A frame's layers below and above the addresses, and the length of its headers.
@@ -45,8 +45,8 @@ fn a_truncated_frame_passes_at_every_length() {
         ] {
             let mut bench = Bench::new();
             bench.steer.hold(&key, 7, 0).expect("an entry");
-            bench.steer.redirect(&key, 7, 0, socket(other, 8080)).expect("an entry");
-            bench.steer.rewrite(&key, 7, (0, 0), socket(other, 8080)).expect("an entry");
+            bench.steer.redirect(&key, 7, (0, 1), socket(other, 8080)).expect("an entry");
+            bench.steer.rewrite(&key, &owner(7), socket(other, 8080)).expect("an entry");
             let whole = frame(&format!("{link} | v{version} {addresses} {options} | tcp {ports} A"));
             assert_eq!(whole.len(), headers, "{link} v{version} {options}");
             // The kernel's test run takes no IP packet that is shorter than an IP header: live.rs does.
@@ -167,10 +167,10 @@ fn checksums_are_right_for_all_addresses() {
         let to = SocketAddr::new(other, port);
         let hook = if ingress {
             bench.steer.hold(&key, round, 0).expect("an entry");
-            bench.steer.redirect(&key, round, 0, to).expect("an entry");
+            bench.steer.redirect(&key, round, (0, 1), to).expect("an entry");
             Hook::Ingress
         } else {
-            bench.steer.rewrite(&key, round, (0, 0), to).expect("an entry");
+            bench.steer.rewrite(&key, &owner(round), to).expect("an entry");
             Hook::Egress
         };
         let (verdict, rewritten) = bench.run(hook, &frame(&before));

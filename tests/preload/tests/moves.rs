@@ -1,0 +1,130 @@
+//! Connections that move on from target to target, and come home: each request is served where its path says.
+
+use xo_tests::counters::Counters;
+use xo_tests::servers::{address, address6};
+use xo_tests::{Bed, Connection, content};
+
+/// The node that request `i` of connection `number` is for: every order of two nodes occurs.
+fn place(nodes: &[String], number: usize, i: usize) -> String {
+    let n = nodes.len();
+    nodes[(number + i * (1 + i / n)) % n].clone()
+}
+
+#[test]
+fn one_connection_goes_wherever_each_request_belongs() {
+    let bed = Bed::up(3, 1);
+    let programs = bed.sharded("");
+    let nodes = bed.servers();
+    for host in [address("host"), address6("host")] {
+        let before = Counters::of(&bed);
+        let nodes = nodes.clone();
+        bed.on("client", move || {
+            let mut c = Connection::to(&host, 80).expect("connect");
+            for i in 0..1000 {
+                let place = place(&nodes, 0, i);
+                let name = content::SIZES[i % 4].0;
+                let response = c.get(&format!("/img/{place}/{name}")).unwrap_or_else(|e| panic!("{i}: {e}"));
+                assert_eq!(response.node(), place, "request {i}");
+            }
+        });
+        let counted = Counters::of(&bed).since(&before);
+        println!("{}", counted.troubles());
+        assert_eq!(counted.resets(), 0, "{}", counted.troubles());
+    }
+    bed.wait_idle(&["host", "t1", "t2", "t3"]);
+    for node in bed.servers() {
+        let status = bed.try_status(&node).expect("a status");
+        println!("{node}: {} {}", status["refused_by_reason"], status["failed_by_reason"]);
+        println!("{} {} {}", status["handoff_us"], status["onward_us"], status["inbound_us"]);
+        assert_eq!((&status["refused_total"], &status["failed_total"]), (&0.into(), &0.into()), "{node}");
+    }
+    drop(programs);
+}
+
+/// Reads and uploads of all sizes, some of them several at a time; `number` is the connection's.
+fn wander(nodes: &[String], number: usize, requests: usize, largest: usize) -> std::io::Result<Vec<String>> {
+    let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
+    let mut c = Connection::to(&host, 80)?;
+    let mut uploads = Vec::new();
+    let mut i = 0;
+    while i < requests {
+        let at = |i: usize| place(nodes, number, i);
+        let (name, size) = content::SIZES[(number + i) % 4];
+        let (name, size) = if size > largest { content::SIZES[2] } else { (name, size) };
+        match (number + i) % 5 {
+            // Ten in one segment, each for another node than the one before.
+            0 => {
+                let paths: Vec<_> = (i..i + 10).map(|i| format!("/img/{}/1k", at(i))).collect();
+                let request = |p: &String| format!("GET {p} HTTP/1.1\r\nHost: xo.test\r\n\r\n");
+                c.send(paths.iter().map(request).collect::<String>().as_bytes())?;
+                for (i, path) in (i..).zip(&paths) {
+                    let response = c.object(path)?;
+                    check(&at(i), response.node(), path)?;
+                }
+                i += 10;
+            }
+            1 => {
+                let path = format!("/up/{}/{number}-{i}-{name}", at(i));
+                let response = c.put(&path, &content::of(&path, size))?;
+                check(&at(i), response.node(), &path)?;
+                uploads.push(path);
+                i += 1;
+            }
+            _ => {
+                let path = format!("/img/{}/{name}", at(i));
+                let response = c.get(&path)?;
+                check(&at(i), response.node(), &path)?;
+                i += 1;
+            }
+        }
+    }
+    Ok(uploads)
+}
+
+fn check(place: &str, node: &str, path: &str) -> std::io::Result<()> {
+    if place == node { Ok(()) } else { Err(std::io::Error::other(format!("{path} came from {node}"))) }
+}
+
+#[test]
+fn hundreds_of_connections_go_wherever_each_request_belongs() {
+    let bed = Bed::up(3, 1);
+    let programs = bed.sharded("");
+    let nodes = bed.servers();
+    let before = Counters::of(&bed);
+    let clients: Vec<_> = (0..200)
+        .map(|number| {
+            let nodes = nodes.clone();
+            bed.spawn("client", move || wander(&nodes, number, 40, usize::MAX))
+        })
+        .collect();
+    let mut errors = Vec::new();
+    for (number, client) in clients.into_iter().enumerate() {
+        match client.join().expect("no panic") {
+            Ok(uploads) => {
+                for path in uploads {
+                    let node = path.split('/').nth(2).unwrap_or_default();
+                    let size = content::size_of(&path.replace('-', "/")).unwrap_or_default();
+                    let stored = std::fs::read(bed.root(node).join(&path[1..])).unwrap_or_default();
+                    if stored != content::of(&path, size) {
+                        errors.push(format!("{path} is not what was sent"));
+                    }
+                }
+            }
+            Err(e) => errors.push(format!("connection {number}: {e}")),
+        }
+    }
+    let counted = Counters::of(&bed).since(&before);
+    println!("{}", counted.troubles());
+    for node in &nodes {
+        let status = bed.try_status(node).expect("a status");
+        println!("{node}: refused {} failed {}", status["refused_by_reason"], status["failed_by_reason"]);
+        println!(
+            "{} out, {} on, {} home",
+            status["offloads_total"], status["onward_total"], status["sent_home_total"]
+        );
+    }
+    assert!(errors.is_empty(), "{} errors: {errors:#?}", errors.len());
+    assert_eq!(counted.resets(), 0, "{}", counted.troubles());
+    bed.wait_idle(&["host", "t1", "t2", "t3"]);
+    drop(programs);
+}

@@ -1,0 +1,249 @@
+//! A connection of another machine gets a socket here, and its entry in a steering table.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use xo_bpf_abi::FlowKey;
+use xo_proto::conn::ConnRecord;
+use xo_proto::reason::Reason;
+use xo_proto::wire::{BeginOffload, HandoffId, TargetReady};
+use xo_sys::tcp_repair::{self, Repaired};
+
+use crate::clock::now_ns;
+use crate::config::HandlerMode;
+use crate::engine::{Engine, ServedKey};
+use crate::steer::{RewriteOwner, SteerError, flow_key};
+
+/// Ports tried for the end of a detour.
+const PORTS: std::ops::Range<u16> = 32_768..61_000;
+/// Sockets, or ports, tried before giving up.
+const ATTEMPTS: u16 = 16;
+
+/// An entry in a steering table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// In the rewrite table: a guest's source address.
+    Rewrite(FlowKey),
+    /// In the flow table: the end of the detour of a connection that has come home.
+    Deliver(FlowKey),
+}
+
+/// Where and how a socket is to be made.
+struct Plan {
+    mode: HandlerMode,
+    acceptor: Option<usize>,
+    bind: SocketAddr,
+    v6_socket: bool,
+}
+
+type Refusal = (Reason, String);
+
+impl Engine {
+    /// Restores a connection in repair mode and installs its entry; why not, is left in its `refusal`.
+    pub(crate) fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
+        if self.is_stopping() {
+            return Err(Reason::Stopping);
+        }
+        let begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
+        self.plan(key, &begin).and_then(|plan| self.carry_out(key, &begin, plan)).map_err(|(reason, text)| {
+            if let Some(served) = self.served.get_mut(key) {
+                served.refusal = text;
+            }
+            reason
+        })
+    }
+
+    fn plan(&mut self, key: &ServedKey, begin: &BeginOffload) -> Result<Plan, Refusal> {
+        let origin = self.served.get(key).map(|s| &s.origin).ok_or((Reason::Closed, String::new()))?;
+        let (client, public) = (begin.record.client, begin.record.local);
+        if origin.here {
+            let away = |id: &HandoffId| self.hosted.get(id).is_some_and(|f| f.is_away() && f.local == public);
+            if !away(&origin.id) {
+                return Err((Reason::PeerLost, "its home does not know it".into()));
+            }
+        } else if origin.is_detour() && self.connection_to(&origin.node).is_none() {
+            return Err((Reason::PeerUnreachable, format!("no connection to its home, {}", origin.node)));
+        }
+        let mode = if origin.here {
+            HandlerMode::Attach { port: public.port() }
+        } else {
+            let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
+            handler.map(|h| h.mode.clone()).ok_or_else(|| {
+                let text = format!("no handler '{}' in the configuration", begin.handler);
+                (Reason::NoHandler, text)
+            })?
+        };
+        let here = origin.here;
+        let (bind, listener, acceptor) = match &mode {
+            HandlerMode::Attach { port } => {
+                let (number, listener) = self.pick_acceptor(*port, client).ok_or_else(|| {
+                    (Reason::NoHandler, format!("no process under the library listens on port {port}"))
+                })?;
+                let ip = specific(listener.ip(), client, &self.config.addresses);
+                (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
+            }
+            HandlerMode::Exec { .. } => {
+                let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+                let ip = specific(any, client, &self.config.addresses);
+                (ip.map(|ip| SocketAddr::new(ip, public.port())), SocketAddr::new(any, 0), None)
+            }
+        };
+        let bind = if here { Some(public) } else { bind }.ok_or_else(|| {
+            (Reason::TargetUnwilling, "no address of the client's family in `addresses`".to_owned())
+        })?;
+        Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4() })
+    }
+
+    fn carry_out(&mut self, key: &ServedKey, begin: &BeginOffload, plan: Plan) -> Result<(), Refusal> {
+        let gone = || (Reason::Closed, String::new());
+        let begun_ns = self.served.get(key).ok_or_else(gone)?.begun_ns;
+        let here = self.served.get(key).is_some_and(|s| s.origin.here);
+        let t0 = now_ns();
+        let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(begun_ns));
+        let restored = if here {
+            let at_home =
+                tcp_repair::restore(&begin.record, plan.bind, plan.v6_socket, elapsed, &mut self.spare);
+            at_home.map_err(refused)?
+        } else {
+            self.restore_guest(&begin.record, &plan, elapsed)?
+        };
+        let local = restored.local();
+        if here && local != plan.bind {
+            return Err((Reason::RestoreFailed, format!("{} is taken", plan.bind)));
+        }
+        let t1 = now_ns();
+        let (entrance, entry) = if here {
+            self.end_of_detour(key, &begin.record)?
+        } else {
+            self.rewrite_source(key, &begin.record, local)?
+        };
+        let t2 = now_ns();
+        let served = self.served.get_mut(key).ok_or_else(gone)?;
+        served.ready = Some(TargetReady {
+            id: key.1,
+            local: entrance,
+            restore_ns: t1 - t0,
+            rewrite_ns: t2 - t1,
+            total_ns: t2.saturating_sub(begun_ns),
+            started_ns: None,
+        });
+        served.restored = Some(restored);
+        served.local = local;
+        served.entrance = entrance;
+        served.entry = Some(entry);
+        served.mode = Some(plan.mode);
+        served.acceptor = plan.acceptor;
+        self.by_flow.insert(flow_key(begin.record.client, local), key.clone());
+        Ok(())
+    }
+
+    /// A connection that was here before may still have entries under its address: it then gets another port.
+    fn restore_guest(
+        &mut self,
+        record: &ConnRecord,
+        plan: &Plan,
+        elapsed: Duration,
+    ) -> Result<Repaired, Refusal> {
+        let mut bind = plan.bind;
+        for _ in 0..ATTEMPTS {
+            if bind.port() != 0 && self.has_entry(record.client, bind) {
+                bind.set_port(0);
+            }
+            let restored = tcp_repair::restore(record, bind, plan.v6_socket, elapsed, &mut self.spare)
+                .map_err(refused)?;
+            if !self.has_entry(record.client, restored.local()) {
+                return Ok(restored);
+            }
+            bind.set_port(0);
+        }
+        Err((Reason::TableFull, "no port is free for this client".into()))
+    }
+
+    fn has_entry(&self, client: SocketAddr, local: SocketAddr) -> bool {
+        let key = flow_key(client, local);
+        self.steer.flow(&key).is_some() || self.steer.rewrite_entry(&key).is_some()
+    }
+
+    fn rewrite_source(
+        &mut self,
+        key: &ServedKey,
+        record: &ConnRecord,
+        local: SocketAddr,
+    ) -> Result<(SocketAddr, Entry), Refusal> {
+        let flow = flow_key(record.client, local);
+        let served = self.served.get(key).ok_or((Reason::Closed, String::new()))?;
+        let (origin, handler) = (&served.origin, &served.handler);
+        let owner = RewriteOwner {
+            flow_id: key.1,
+            peer: self.state.number(&key.0, None),
+            handler: self.state.number(handler, None) as u16,
+            home_id: origin.id,
+            home_peer: self.state.number(&origin.node, None),
+            hop: origin.hop,
+        };
+        self.steer.rewrite(&flow, &owner, record.local).map_err(not_steered)?;
+        Ok((local, Entry::Rewrite(flow)))
+    }
+
+    /// Packets that come by a detour must not come to the address that the client knows: its entry leads there.
+    fn end_of_detour(
+        &mut self,
+        key: &ServedKey,
+        record: &ConnRecord,
+    ) -> Result<(SocketAddr, Entry), Refusal> {
+        let peer = self.state.number(&key.0, None);
+        let span = PORTS.end - PORTS.start;
+        for attempt in 0..ATTEMPTS {
+            let port = PORTS.start + (key.1 as u16).wrapping_add(attempt.wrapping_mul(4099)) % span;
+            let entrance = SocketAddr::new(record.local.ip(), port);
+            let flow = flow_key(record.client, entrance);
+            match self.steer.deliver(&flow, key.1, peer, record.local) {
+                Ok(()) => return Ok((entrance, Entry::Deliver(flow))),
+                Err(SteerError::Exists) => {}
+                Err(e) => return Err(not_steered(e)),
+            }
+        }
+        Err((Reason::TableFull, "no port is free for the detour".into()))
+    }
+
+    /// Removes a connection's entry from its steering table.
+    pub(crate) fn remove_entry(&mut self, key: &ServedKey) {
+        let Some(served) = self.served.get_mut(key) else { return };
+        let known_as = flow_key(served.client, served.local);
+        let result = match served.entry.take() {
+            Some(Entry::Rewrite(flow)) => self.steer.remove_rewrite(&flow, key.1),
+            Some(Entry::Deliver(flow)) => self.steer.remove_flow(&flow, key.1),
+            None => return,
+        };
+        if let Err(e) = result {
+            log::error!("removing the steering entry of a connection of {}: {e}", key.0);
+        }
+        if self.by_flow.get(&known_as) == Some(key) {
+            self.by_flow.remove(&known_as);
+        }
+    }
+}
+
+fn refused(e: tcp_repair::RepairError) -> Refusal {
+    (Reason::RestoreFailed, e.to_string())
+}
+
+fn not_steered(e: SteerError) -> Refusal {
+    let reason = match e {
+        SteerError::Full | SteerError::Exists => Reason::TableFull,
+        _ => Reason::RestoreFailed,
+    };
+    (reason, e.to_string())
+}
+
+/// The address to restore on: the listener's own if it has one, else ours of the client's family.
+fn specific(listener: IpAddr, client: SocketAddr, addresses: &[IpAddr]) -> Option<IpAddr> {
+    let listener = listener.to_canonical();
+    let wildcard =
+        listener == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || listener == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if wildcard {
+        addresses.iter().copied().find(|a| a.is_ipv4() == client.is_ipv4())
+    } else {
+        Some(listener)
+    }
+}
