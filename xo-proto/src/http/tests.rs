@@ -6,7 +6,7 @@ mod reader;
 use super::*;
 use crate::reason::Reason;
 
-fn complete(bytes: &[u8]) -> Box<RequestHead<'_>> {
+fn complete(bytes: &[u8]) -> RequestHead<'_> {
     match parse_head(bytes) {
         Head::Complete(head) => head,
         Head::Partial => panic!("partial"),

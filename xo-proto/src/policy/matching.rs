@@ -81,9 +81,11 @@ fn host_matches(pattern: &str, given: &str) -> bool {
 /// The path that a server would look up: escapes resolved, `//`, `/./` and `/../` too, without a fragment (which has
 /// no place in a request), as nginx does. A path that needs none of it is not copied.
 pub(super) fn normalised(path: &str) -> Cow<'_, str> {
+    if is_normal(path) {
+        return Cow::Borrowed(path);
+    }
     let path = path.split_once('#').map_or(path, |(path, _)| path);
-    let plain = !path.contains('%') && !path.contains("//") && !path.contains("/.");
-    if plain {
+    if is_normal(path) {
         return Cow::Borrowed(path);
     }
     let decoded = decoded(path.as_bytes());
@@ -109,6 +111,16 @@ pub(super) fn normalised(path: &str) -> Cow<'_, str> {
         result.push('/');
     }
     Cow::Owned(result)
+}
+
+/// Would the path come out as it is? Looked at in one pass; a no may be wrong.
+fn is_normal(path: &str) -> bool {
+    let mut last = 0;
+    path.bytes().all(|b| {
+        let normal = !matches!(b, b'%' | b'#') && (last != b'/' || !matches!(b, b'/' | b'.'));
+        last = b;
+        normal
+    })
 }
 
 fn decoded(path: &[u8]) -> Vec<u8> {

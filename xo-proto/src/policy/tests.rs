@@ -30,7 +30,7 @@ path_regex = "^/v[0-9]+/obj"
 to = ["t1"]
 "#;
 
-fn head(text: &str) -> Box<RequestHead<'_>> {
+fn head(text: &str) -> RequestHead<'_> {
     match parse_head(text.as_bytes()) {
         Head::Complete(head) => head,
         _ => panic!("{text:?}"),
