@@ -134,7 +134,7 @@ fn begins_like_http(bytes: &[u8]) -> bool {
 
 /// Line ends other than CRLF, folded lines, zeros: parsers differ on them. Every byte is looked at beside the one before
 /// it, and without a branch, so that the compiler takes many at a time.
-fn oddly_written(head: &[u8]) -> bool {
+pub(super) fn oddly_written(head: &[u8]) -> bool {
     let (Some(first), Some(rest)) = (head.first(), head.get(1..)) else { return false };
     let begins_oddly = matches!(first, 0 | b'\n');
     head.iter().zip(rest).fold(begins_oddly, |odd, (&last, &b)| {

@@ -29,13 +29,17 @@ impl Policy {
         let path = normalised(head.path);
         let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
         match found {
-            Some((rule, r))
-                if !r.local && !r.targets.is_empty() && r.targets.iter().all(|t| t.name != node) =>
-            {
+            Some((rule, r)) if r.leads_away_from(node) => {
                 Decision::To { rule, targets: &r.targets, handler: &r.handler }
             }
             _ => Decision::Local,
         }
+    }
+
+    /// Can any request leave the machine `node`? If not, there is no need to look at them.
+    #[must_use]
+    pub fn leads_away_from(&self, node: &str) -> bool {
+        self.rules.iter().any(|r| r.leads_away_from(node))
     }
 
     /// Does it concern no connection at all? (Without rules none leaves, but restored ones may come.)
@@ -46,6 +50,10 @@ impl Policy {
 }
 
 impl Rule {
+    fn leads_away_from(&self, node: &str) -> bool {
+        !self.local && !self.targets.is_empty() && self.targets.iter().all(|t| t.name != node)
+    }
+
     fn matches(&self, head: &RequestHead<'_>, path: &str) -> bool {
         self.conditions.iter().all(|c| match c {
             Condition::Prefix(p) => path.starts_with(p.as_str()),
