@@ -173,6 +173,12 @@ class Bed:
         self.programs.append(program)
         return program
 
+    def stop(self, program):
+        """Ends a program of this bed before the bed ends."""
+        self.programs.remove(program)
+        program.terminate()
+        program.wait()
+
     def log(self, name):
         """The end of a program's log."""
         text = (self.directory / f"{name}.log").read_text(errors="replace")
@@ -194,9 +200,13 @@ class Bed:
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])
         self._wait(f"xo-peerd on {node}", f"{node}-peerd", program, lambda: self.status(node) is not None)
+        return program
 
-    def nginx(self, node, workers=1, preload=True):
-        """Starts nginx, under the library unless told otherwise, and waits until it answers."""
+    def nginx(self, node, workers=1, preload=True, policy="policy.toml"):
+        """Starts nginx, under the library unless told otherwise, and waits until it answers.
+
+        `policy` is a file of the bed's directory; with None the library has no policy and does nothing.
+        """
         config = self.directory / f"{node}-nginx.conf"
         config.write_text(
             f"user www-data; worker_processes {workers}; daemon off; pid {self.directory}/{node}.pid;\n"
@@ -208,7 +218,7 @@ class Bed:
         )
         environment = {
             "LD_PRELOAD": str(BUILD / "libxo_preload.so"),
-            "XO_POLICY": f"{self.directory}/policy.toml",
+            "XO_POLICY": f"{self.directory}/{policy}" if policy else "",
             "XO_SOCKET": str(self.socket(node)),
         }
         name = f"{node}-nginx"
@@ -219,6 +229,7 @@ class Bed:
             return subprocess.run(self.inside("client", probe), check=False).returncode == 0
 
         self._wait(f"nginx on {node}", name, program, answers)
+        return program
 
     def everything(self, workers=1, order="early"):
         """Daemons and servers on all nodes; targets are ready to take connections."""

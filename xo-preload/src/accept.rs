@@ -100,10 +100,14 @@ pub(crate) fn accept(
             // Nothing on the way of a loopback connection can be steered.
             return accepted;
         }
+        daemon::count(Counter::Accepted as usize);
+        // No rule names another machine, as seen from this one (a target's, often): nothing to follow.
+        if !init::active_policy().is_some_and(|p| p.leads_away_from(daemon::node())) {
+            return accepted;
+        }
         if conn::track(accepted, None, flags & libc::SOCK_NONBLOCK != 0).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
-        daemon::count(Counter::Accepted as usize);
         lifecycle::tracking();
         return accepted;
     }

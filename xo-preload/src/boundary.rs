@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use libc::iovec;
 use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
 use xo_proto::ipc::{Destination, Offload};
 use xo_proto::policy::Decision;
@@ -30,6 +31,8 @@ pub(crate) enum Outcome {
     Read {
         /// Nothing waits behind this request.
         alone: bool,
+        /// So many bytes are in the server's buffer already, and still in the socket.
+        there: usize,
     },
     /// The connection is elsewhere: end of file.
     End,
@@ -90,27 +93,50 @@ pub(crate) fn verdict(
     None
 }
 
-/// Looks at what waits in the socket and decides about the request that begins there.
-pub(crate) fn look(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Outcome {
-    let mut small = [MaybeUninit::uninit(); SMALL];
+/// Looks at what waits in the socket and decides about the request that begins there. `buffer` is where the server wants
+/// it, if it may be put there before it is known whether the server gets it.
+pub(crate) fn look(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    half: &mut ReadHalf,
+    nonblocking: bool,
+    mut buffer: Option<iovec>,
+) -> Outcome {
+    let mut small = [MaybeUninit::<u8>::uninit(); SMALL];
     let mut end = None;
     loop {
+        let (at, size) = match buffer {
+            Some(b) => (b.iov_base.cast(), b.iov_len.min(SMALL)),
+            None => (small.as_mut_ptr().cast(), SMALL),
+        };
         // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
         let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
-        let bytes = match raw::peek_into(fd, &mut small, flags) {
-            Ok(bytes) => bytes,
+        // SAFETY: ours, or the server's own arguments of a read.
+        let n = match unsafe { raw::peek_at(fd, at, size, flags) } {
+            Ok(n) => n.min(size),
             Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
         };
-        let n = bytes.len();
-        if bytes.is_empty() {
+        if n == 0 {
             // The client has closed; the real call says so.
-            return Outcome::Read { alone: true };
+            return Outcome::Read { alone: true, there: 0 };
         }
+        // SAFETY: the kernel has just written these bytes, and no other thread is there to change a server's buffer.
+        let bytes = unsafe { std::slice::from_raw_parts(at, n) };
         let seen = match parse_head(bytes) {
-            Head::Partial if n == SMALL => look_far(fd, conn, index, half),
-            head => judge(fd, conn, index, half, head, n, n < SMALL),
+            Head::Partial if n == size && buffer.is_some() => {
+                buffer = None;
+                continue;
+            }
+            Head::Partial if n == size => look_far(fd, conn, index, half),
+            head => judge(fd, conn, index, half, head, n, n < size),
         };
         match seen {
+            Seen::Outcome(Outcome::Read { alone, .. }) => {
+                // More than was looked at may be there and wanted.
+                let whole = buffer.is_some_and(|b| n < size || size == b.iov_len);
+                return Outcome::Read { alone, there: if whole { n } else { 0 } };
+            }
             Seen::Outcome(outcome) => return outcome,
             Seen::Asked | Seen::HeldBack if nonblocking => return Outcome::Error(libc::EAGAIN),
             Seen::Asked => match verdict(fd, conn, index, half, false) {
@@ -180,7 +206,7 @@ fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, head: Head<'_>, 
             }
             let rest = half.tracker;
             let alone = all && matches!(rest, xo_proto::http::RequestTracker::Left(left) if left >= n as u64);
-            Seen::Outcome(Outcome::Read { alone })
+            Seen::Outcome(Outcome::Read { alone, there: 0 })
         }
     }
 }
@@ -189,13 +215,13 @@ fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, head: Head<'_>, 
 fn leave(fd: i32, conn: &Conn, half: &mut ReadHalf, reason: Reason) -> Seen {
     release(fd, conn, half);
     conn.abandon(reason);
-    Seen::Outcome(Outcome::Read { alone: true })
+    Seen::Outcome(Outcome::Read { alone: true, there: 0 })
 }
 
 /// A head is complete, or given up on: normal readiness again.
 fn release(fd: i32, conn: &Conn, half: &mut ReadHalf) {
     half.partial = 0;
-    if conn.deadline.swap(0, Ordering::AcqRel) != 0 {
+    if conn.deadline.load(Ordering::Acquire) != 0 && conn.deadline.swap(0, Ordering::AcqRel) != 0 {
         let _ = tcp_repair::poke(fd);
     }
 }

@@ -15,7 +15,7 @@ use xo_proto::slot::{GONE, SLOTS};
 use xo_sys::raw;
 
 use crate::mode::Mode;
-use crate::{daemon, fdtable};
+use crate::{alone, daemon, fdtable};
 
 /// What is done about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub(crate) struct Conn {
     delivery: AtomicU32,
     /// The daemon that gave it, see `daemon::epoch`.
     given_by: AtomicU32,
+    /// See [`alone::forks`].
+    forks: AtomicU32,
     next_free: AtomicU32,
     read: UnsafeCell<Option<ReadHalf>>,
     write: UnsafeCell<Option<ResponseTracker>>,
@@ -132,6 +134,7 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     conn.moves.store(deliver.map_or(0, |d| d.moves), Ordering::Relaxed);
     conn.delivery.store(deliver.map_or(NONE, |d| d.delivery), Ordering::Relaxed);
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
+    conn.forks.store(alone::forks(), Ordering::Relaxed);
     conn.descriptors.store(1, Ordering::Relaxed);
     // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
     // entry is freed, so overwriting without a drop loses nothing.
@@ -200,6 +203,11 @@ impl Conn {
         {
             daemon::count(reason as usize);
         }
+    }
+
+    /// Could nobody else read it now?
+    pub(crate) fn is_alone(&self) -> bool {
+        alone::is_alone(self.forks.load(Ordering::Relaxed))
     }
 
     /// Claims the reading half.

@@ -17,7 +17,7 @@ use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
 
-use crate::{conn, poll, register};
+use crate::{alone, conn, poll, register};
 
 /// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
 const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
@@ -105,6 +105,7 @@ pub(crate) fn process() -> u32 {
 /// In a child of fork: learns its own number at once, so that its vforks are told from itself.
 pub(crate) extern "C" fn forked() {
     process();
+    alone::forked();
 }
 
 /// Does this process run in its parent's memory (vfork)? What it does to its descriptors is not done to the parent's.

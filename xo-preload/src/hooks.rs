@@ -24,9 +24,13 @@ pub(crate) fn resolve() {
     resolve_optional();
 }
 
+fn one(buffer: *const c_void, len: size_t) -> iovec {
+    iovec { iov_base: buffer.cast_mut(), iov_len: len }
+}
+
 /// One buffer as a list.
 fn piece(buffer: *const c_void, len: size_t) -> [iovec; 1] {
-    [iovec { iov_base: buffer.cast_mut(), iov_len: len }]
+    [one(buffer, len)]
 }
 
 /// The application's list of buffers.
@@ -133,7 +137,7 @@ hooks! {
     fn read(fd: c_int, buffer: *mut c_void, len: size_t) -> ssize_t {
         match io::followed(fd) {
             None => unsafe { real()(fd, buffer, len) },
-            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), 0, |p| unsafe {
+            Some((index, conn)) => io::read_bytes(fd, index, conn, one(buffer, len), 0, |p| unsafe {
                 real()(fd, buffer, first_len(p))
             }),
         }
@@ -152,7 +156,7 @@ hooks! {
     fn recv(fd: c_int, buffer: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
         match io::followed(fd) {
             None => unsafe { real()(fd, buffer, len, flags) },
-            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), flags, |p| unsafe {
+            Some((index, conn)) => io::read_bytes(fd, index, conn, one(buffer, len), flags, |p| unsafe {
                 real()(fd, buffer, first_len(p), flags)
             }),
         }

@@ -10,7 +10,7 @@ use once_cell::race::OnceBox;
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{conn, daemon, fdtable, hooks, log, mode, spawn};
+use crate::{alone, conn, daemon, fdtable, hooks, log, mode, spawn};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
@@ -46,8 +46,9 @@ extern "C" fn constructor() {
     let ready = fdtable::start() && conn::start() && mode::start() && daemon::start(PathBuf::from(socket));
     if ready {
         daemon::process();
-        // SAFETY: a function of ours, which is never unloaded.
-        unsafe { libc::pthread_atfork(None, None, Some(daemon::forked)) };
+        alone::start();
+        // SAFETY: functions of ours, which are never unloaded.
+        unsafe { libc::pthread_atfork(None, Some(alone::forked), Some(daemon::forked)) };
     }
     ACTIVE.store(ready, Ordering::Release);
 }

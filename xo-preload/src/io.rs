@@ -16,6 +16,8 @@ use crate::fdtable;
 const MAX_PIECES: usize = 64;
 /// A chunked body is looked at in pieces of this size, bytes.
 const PEEK: usize = 4096;
+/// The smallest buffer into which a head is looked at, bytes.
+const LEAST_DIRECT: usize = 512;
 /// Flags with which a read is something else than reading the stream.
 const BESIDE: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE;
 
@@ -38,6 +40,20 @@ pub(crate) fn set_errno(errno: c_int) {
     unsafe { *libc::__errno_location() = errno };
 }
 
+/// A read into one buffer that gives nothing beside the bytes.
+pub(crate) fn read_bytes(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    buffer: iovec,
+    flags: c_int,
+    call: impl FnMut(&[iovec]) -> isize,
+) -> isize {
+    // Smaller than most heads: in two steps it would be looked at twice.
+    let direct = flags & !libc::MSG_DONTWAIT == 0 && buffer.iov_len >= LEAST_DIRECT && conn.is_alone();
+    read_into(fd, index, conn, &[buffer], flags, direct, call)
+}
+
 /// A read into `pieces`; `call` is the real one, for as many pieces as it is given.
 pub(crate) fn read(
     fd: c_int,
@@ -45,6 +61,20 @@ pub(crate) fn read(
     conn: &Conn,
     pieces: &[iovec],
     flags: c_int,
+    call: impl FnMut(&[iovec]) -> isize,
+) -> isize {
+    read_into(fd, index, conn, pieces, flags, false, call)
+}
+
+/// `direct`: the next request may be looked at where the server wants it, and then be dropped from the socket, which
+/// saves the second copy. Only for a connection that nobody else reads: what is dropped must be what was looked at.
+fn read_into(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    pieces: &[iovec],
+    flags: c_int,
+    direct: bool,
     mut call: impl FnMut(&[iovec]) -> isize,
 ) -> isize {
     let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
@@ -58,12 +88,13 @@ pub(crate) fn read(
         fence(Ordering::SeqCst);
         return await_other(fd, index, conn, nonblocking).unwrap_or_else(|| call(pieces));
     };
-    let mut alone = false;
+    let (mut alone, mut there) = (false, 0);
     let outcome = boundary::verdict(fd, conn, index, &mut half, nonblocking).or_else(|| {
         if half.tracker.at_boundary() && !peeking && conn.kind() == Kind::Tracked {
-            return match boundary::look(fd, conn, index, &mut half, nonblocking) {
-                Outcome::Read { alone: a } => {
-                    alone = a;
+            let buffer = pieces.first().copied().filter(|_| direct);
+            return match boundary::look(fd, conn, index, &mut half, nonblocking, buffer) {
+                Outcome::Read { alone: a, there: t } => {
+                    (alone, there) = (a, t);
                     None
                 }
                 other => Some(other),
@@ -91,13 +122,12 @@ pub(crate) fn read(
         conn.abandon(Reason::AmbiguousFraming);
         return call(pieces);
     }
-    let mut shortened = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
-    let pieces = if allowed < want || pieces.len() > MAX_PIECES {
-        shorten(pieces, allowed, &mut shortened)
-    } else {
-        pieces
+    let n = match pieces {
+        _ if there > 0 => discard(fd, there.min(allowed)),
+        _ if allowed >= want && pieces.len() <= MAX_PIECES => call(pieces),
+        [one] => call(&[iovec { iov_base: one.iov_base, iov_len: allowed }]),
+        _ => shortened(pieces, allowed, &mut call),
     };
-    let n = call(pieces);
     if n > 0 && !peeking {
         account(conn, &mut half, pieces, n as usize);
         if half.tracker.at_boundary() {
@@ -110,6 +140,17 @@ pub(crate) fn read(
         }
     }
     n
+}
+
+/// Drops from the socket what the server has already; the result of its read.
+fn discard(fd: c_int, n: usize) -> isize {
+    match raw::discard(fd, n) {
+        Ok(n) => n as isize,
+        Err(e) => {
+            set_errno(e.raw_os_error().unwrap_or(libc::EIO));
+            -1
+        }
+    }
 }
 
 /// Somebody else reads at this moment. If it has asked for a hand-off, nothing may be read before the verdict; `Some`
@@ -165,9 +206,12 @@ fn account(conn: &Conn, half: &mut ReadHalf, pieces: &[iovec], n: usize) {
     }
 }
 
-fn shorten<'s>(pieces: &[iovec], mut allowed: usize, out: &'s mut [iovec; MAX_PIECES]) -> &'s [iovec] {
+/// The call with no more than `allowed` bytes' worth of pieces, and no more of them than are followed.
+#[cold]
+fn shortened(pieces: &[iovec], mut allowed: usize, call: &mut impl FnMut(&[iovec]) -> isize) -> isize {
+    let mut list = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
     let mut count = 0;
-    for (to, from) in out.iter_mut().zip(pieces) {
+    for (to, from) in list.iter_mut().zip(pieces) {
         if allowed == 0 {
             break;
         }
@@ -176,7 +220,7 @@ fn shorten<'s>(pieces: &[iovec], mut allowed: usize, out: &'s mut [iovec; MAX_PI
         allowed -= len;
         count += 1;
     }
-    out.get(..count).unwrap_or_default()
+    call(list.get(..count).unwrap_or_default())
 }
 
 fn for_each_piece(pieces: &[iovec], mut n: usize, mut each: impl FnMut(&[u8])) {

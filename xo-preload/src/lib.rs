@@ -17,6 +17,7 @@
 )]
 
 mod accept;
+mod alone;
 mod boundary;
 mod conn;
 mod daemon;

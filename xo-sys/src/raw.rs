@@ -268,16 +268,26 @@ pub fn yield_processor() {
     let _ = sys!(libc::SYS_sched_yield);
 }
 
-/// As [`peek`], into memory that need not be cleared first; what was read.
+/// As [`peek`], to an address that the kernel is to check; how many bytes are there now.
 ///
 /// # Errors
 /// The kernel's.
-pub fn peek_into(fd: RawFd, buffer: &mut [std::mem::MaybeUninit<u8>], flags: i32) -> io::Result<&[u8]> {
+///
+/// # Safety
+/// Whatever is mapped at the `len` bytes from `address` on may be overwritten.
+pub unsafe fn peek_at(fd: RawFd, address: *mut u8, len: usize, flags: i32) -> io::Result<usize> {
     let flags = flags | libc::MSG_PEEK;
-    // SAFETY: pointer and length describe `buffer`.
-    let n = sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)?;
-    // SAFETY: the kernel has written the first `n` bytes, and writes no more than there is room for.
-    Ok(unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast(), n.min(buffer.len())) })
+    // SAFETY: the caller's promise; the kernel answers EFAULT for what is not mapped.
+    sys!(libc::SYS_recvfrom, fd, address, len, flags, 0, 0)
+}
+
+/// Takes `len` bytes out of a TCP socket's queue without copying them (MSG_TRUNC): they were looked at already.
+///
+/// # Errors
+/// The kernel's.
+pub fn discard(fd: RawFd, len: usize) -> io::Result<usize> {
+    // SAFETY: the kernel writes nothing.
+    sys!(libc::SYS_recvfrom, fd, 0, len, libc::MSG_TRUNC | libc::MSG_DONTWAIT, 0, 0)
 }
 
 /// Reads what is there, up to a few bytes, and forgets it; closing a socket with unread data would reset it.

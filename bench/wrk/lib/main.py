@@ -8,9 +8,10 @@ import time
 
 import cluster
 import handoff
+import overhead
 
 RESULTS = cluster.ROOT / "bench" / "wrk" / "results"
-PARTS = {"handoff": handoff}
+PARTS = {"handoff": handoff, "overhead": overhead}
 
 
 def arguments():
@@ -23,22 +24,45 @@ def arguments():
     return parser.parse_args()
 
 
+def load(path):
+    """The parts of an earlier run, if there was one: the machine and the rows of each."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    parts = {}
+    for row in earlier["rows"]:
+        machine = earlier.get("machines", {}).get(row["part"], earlier["machine"])
+        parts.setdefault(row["part"], (machine, []))[1].append(row)
+    return parts
+
+
+def write(path, machine, parts):
+    """All parts as JSON and as Markdown."""
+    parts = dict(sorted(parts.items(), key=lambda item: list(PARTS).index(item[0])))
+    machines = {name: where for name, (where, _) in parts.items()}
+    rows = [row for _, part in parts.values() for row in part]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "machines": machines, "rows": rows}, indent=1) + "\n")
+    text = [
+        f"Kernel {where['kernel']}, {where['processor']}, {where['cpus']} processors.\n\n{PARTS[name].table(part)}"
+        for name, (where, part) in parts.items()
+    ]
+    path.with_suffix(".md").write_text("\n".join(text))
+
+
 def main():
     """Runs what was asked for."""
     chosen = arguments()
     cluster.end_on_signals()
     names = [name for name in PARTS if getattr(chosen, name)] or list(PARTS)
     machine = cluster.machine()
-    rows, text = [], [f"Kernel {machine['kernel']}, {machine['processor']}, {machine['cpus']} processors.\n"]
+    # What is not measured now stays as it was.
+    parts = load(chosen.out)
     for name in names:
         begun = time.monotonic()
-        part = PARTS[name].run(chosen.quick)
-        rows += part
-        text.append(PARTS[name].table(part))
-        print(f"{name}: {time.monotonic() - begun:.0f} s\n\n{text[-1]}", flush=True)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    chosen.out.with_suffix(".md").write_text("\n".join(text))
+        parts[name] = (machine, PARTS[name].run(chosen.quick))
+        print(f"{name}: {time.monotonic() - begun:.0f} s\n\n{PARTS[name].table(parts[name][1])}", flush=True)
+    write(chosen.out, machine, parts)
     print(f"written: {chosen.out} and {chosen.out.with_suffix('.md')}")
 
 

@@ -1,6 +1,8 @@
 //! Request heads and the end of requests.
 
-use httparse::{EMPTY_HEADER, Header, Request, Status};
+use std::mem::MaybeUninit;
+
+use httparse::{Header, Request, Status};
 
 use super::chunked::Chunked;
 use crate::reason::Reason;
@@ -9,9 +11,6 @@ use crate::reason::Reason;
 pub const MAX_HEAD: usize = 16 << 10;
 /// Most header fields that are looked at.
 const MAX_HEADERS: usize = 100;
-
-/// Storage for the header fields of one head.
-struct Fields<'b>([Header<'b>; MAX_HEADERS]);
 
 /// What the first bytes of a request are.
 pub enum Head<'b> {
@@ -22,7 +21,7 @@ pub enum Head<'b> {
     /// Not HTTP/1.x, or framed in a way that is not followed.
     Refused(Reason),
     /// A complete head.
-    Complete(Box<RequestHead<'b>>),
+    Complete(RequestHead<'b>),
 }
 
 /// How a request's body is framed.
@@ -60,15 +59,21 @@ pub struct RequestHead<'b> {
     pub upgrade: bool,
     /// `Expect: 100-continue`.
     pub expect_continue: bool,
-    fields: Fields<'b>,
-    count: usize,
+    /// All of it, for who asks for a field: few policies do, and what is parsed is not kept.
+    bytes: &'b [u8],
 }
 
 impl<'b> RequestHead<'b> {
     /// Values of all fields of this name, in order.
     pub fn header(&self, name: &str) -> impl Iterator<Item = &'b [u8]> {
-        let all = self.fields.0.get(..self.count).unwrap_or_default();
-        all.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value)
+        let lines = self.bytes.split(|b| *b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+        lines.skip_while(|line| line.is_empty()).skip(1).filter_map(move |line| {
+            let colon = line.iter().position(|b| *b == b':')?;
+            let (field, value) = line.split_at_checked(colon)?;
+            field
+                .eq_ignore_ascii_case(name.as_bytes())
+                .then(|| value.get(1..).unwrap_or_default().trim_ascii())
+        })
     }
 }
 
@@ -78,9 +83,9 @@ pub fn parse_head(bytes: &[u8]) -> Head<'_> {
     if !begins_like_http(bytes) {
         return Head::Refused(Reason::NotHttp);
     }
-    let mut fields = Fields([EMPTY_HEADER; MAX_HEADERS]);
-    let mut request = Request::new(&mut fields.0);
-    let len = match request.parse(bytes) {
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+    let mut request = Request::new(&mut []);
+    let len = match request.parse_with_uninit_headers(bytes, &mut fields) {
         Ok(Status::Complete(n)) if n > MAX_HEAD => return Head::TooLong,
         Ok(Status::Complete(n)) => n,
         Ok(Status::Partial) if bytes.len() >= MAX_HEAD => return Head::TooLong,
@@ -91,8 +96,8 @@ pub fn parse_head(bytes: &[u8]) -> Head<'_> {
     let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
         return Head::Refused(Reason::NotHttp);
     };
-    let count = request.headers.len();
-    if bytes.get(..len).is_none_or(oddly_written) {
+    let bytes = bytes.get(..len).unwrap_or(bytes);
+    if oddly_written(bytes) {
         return Head::Refused(Reason::AmbiguousFraming);
     }
     let mut head = RequestHead {
@@ -107,13 +112,12 @@ pub fn parse_head(bytes: &[u8]) -> Head<'_> {
         close: false,
         upgrade: method == "CONNECT",
         expect_continue: false,
-        fields,
-        count,
+        bytes,
     };
-    match head.read_fields() {
+    match head.read_fields(request.headers) {
         Ok(()) => {
             head.split_target();
-            Head::Complete(Box::new(head))
+            Head::Complete(head)
         }
         Err(reason) => Head::Refused(reason),
     }
@@ -128,25 +132,23 @@ fn begins_like_http(bytes: &[u8]) -> bool {
     end > 0 && end <= 32 && rest.iter().take(end).all(|b| b.is_ascii_alphabetic() || matches!(b, b'-' | b'_'))
 }
 
-/// Line ends other than CRLF, folded lines: parsers differ on them.
-fn oddly_written(head: &[u8]) -> bool {
-    let mut last = 0;
-    head.iter().enumerate().any(|(i, &b)| {
-        let odd = match b {
-            b'\n' => last != b'\r' || matches!(head.get(i + 1), Some(b' ' | b'\t')),
-            0 => true,
-            _ => last == b'\r',
-        };
-        last = b;
-        odd
+/// Line ends other than CRLF, folded lines, zeros: parsers differ on them. Every byte is looked at beside the one before
+/// it, and without a branch, so that the compiler takes many at a time.
+pub(super) fn oddly_written(head: &[u8]) -> bool {
+    let (Some(first), Some(rest)) = (head.first(), head.get(1..)) else { return false };
+    let begins_oddly = matches!(first, 0 | b'\n');
+    head.iter().zip(rest).fold(begins_oddly, |odd, (&last, &b)| {
+        let bare = (last == b'\r') != (b == b'\n');
+        let folded = (last == b'\n') & ((b == b' ') | (b == b'\t'));
+        odd | bare | folded | (b == 0)
     })
 }
 
 impl<'b> RequestHead<'b> {
-    fn read_fields(&mut self) -> Result<(), Reason> {
+    fn read_fields(&mut self, fields: &[Header<'b>]) -> Result<(), Reason> {
         let (mut length, mut coding) = (None, None);
         let (mut keep_alive, mut hosts) = (false, 0);
-        for h in self.fields.0.get(..self.count).unwrap_or_default() {
+        for h in fields {
             let is = |name: &str| h.name.eq_ignore_ascii_case(name);
             if is("content-length") {
                 // Twice, even with the same value, is what smuggling looks like.
@@ -182,8 +184,10 @@ impl<'b> RequestHead<'b> {
 
     fn split_target(&mut self) {
         let mut rest = self.target;
-        // Servers take any scheme for HTTP's.
-        let absolute = rest.split_once("://").filter(|(scheme, _)| is_scheme(scheme));
+        // Servers take any scheme for HTTP's. A search for text is dear, and most targets begin with a slash.
+        let relative = rest.starts_with('/');
+        let absolute = if relative { None } else { rest.split_once("://") };
+        let absolute = absolute.filter(|(scheme, _)| is_scheme(scheme));
         if let Some((_, authority)) = absolute {
             let end = authority.find(['/', '?']).unwrap_or(authority.len());
             self.host = authority.get(..end);

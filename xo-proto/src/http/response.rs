@@ -1,6 +1,8 @@
 //! When all responses are out: following what the server writes.
 
-use httparse::{EMPTY_HEADER, Response, Status};
+use std::mem::MaybeUninit;
+
+use httparse::{ParserConfig, Response, Status};
 
 use super::chunked::Chunked;
 use super::request::decimal;
@@ -243,13 +245,14 @@ enum Parsed {
 }
 
 fn parse(bytes: &[u8]) -> Parsed {
-    let mut fields = [EMPTY_HEADER; MAX_HEADERS];
-    let mut response = Response::new(&mut fields);
-    let len = match response.parse(bytes) {
-        Ok(Status::Complete(n)) => n,
-        Ok(Status::Partial) => return Parsed::Partial,
-        Err(_) => return Parsed::Bad,
-    };
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+    let mut response = Response::new(&mut []);
+    let len =
+        match ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, &mut fields) {
+            Ok(Status::Complete(n)) => n,
+            Ok(Status::Partial) => return Parsed::Partial,
+            Err(_) => return Parsed::Bad,
+        };
     let Some(status) = response.code else { return Parsed::Bad };
     let (mut length, mut coding) = (None, None);
     let mut bad = false;

@@ -6,7 +6,7 @@ mod reader;
 use super::*;
 use crate::reason::Reason;
 
-fn complete(bytes: &[u8]) -> Box<RequestHead<'_>> {
+fn complete(bytes: &[u8]) -> RequestHead<'_> {
     match parse_head(bytes) {
         Head::Complete(head) => head,
         Head::Partial => panic!("partial"),
@@ -52,6 +52,46 @@ fn heads_are_read() {
     assert!(complete(b"GET / HTTP/1.0\r\nConnection: keep-alive, close\r\n\r\n").close, "close wins");
     assert!(complete(b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\n\r\n").upgrade);
     assert!(complete(b"CONNECT a:443 HTTP/1.1\r\n\r\n").upgrade);
+}
+
+#[test]
+fn fields_are_found_again() {
+    let text = "\r\nGET /:x HTTP/1.1\r\nA:1\r\nHost: a:80\r\na: \t x: y \t\r\nB:\r\n\r\nA: 3\r\n\r\n";
+    let h = complete(text.as_bytes());
+    let all = |name| h.header(name).map(|v| String::from_utf8_lossy(v).into_owned()).collect::<Vec<_>>();
+    assert_eq!(
+        (all("a"), all("host"), all("b")),
+        (vec!["1".into(), "x: y".into()], vec!["a:80".into()], vec!["".into()])
+    );
+    assert!(all("get /").is_empty() && all("c").is_empty());
+}
+
+/// Every text of a few bytes, against the rule written the plain way.
+#[test]
+fn odd_line_ends_are_found() {
+    let plain = |text: &[u8]| {
+        let mut rest = text;
+        loop {
+            rest = match rest {
+                [] => return false,
+                [b'\r', b'\n', b' ' | b'\t', ..] | [b'\r' | b'\n' | 0] | [b'\n' | 0, ..] => return true,
+                [b'\r', b'\n', rest @ ..] => rest,
+                [b'\r', ..] => return true,
+                [_, rest @ ..] => rest,
+            };
+        }
+    };
+    const BYTES: &[u8] = b"\r\n \t\0a";
+    for length in 1..=6_u32 {
+        for number in 0..BYTES.len().pow(length) {
+            let text: Vec<u8> =
+                (0..length).map(|i| BYTES[number / BYTES.len().pow(i) % BYTES.len()]).collect();
+            // A head ends with a line's end, so what a last CR would be is of no matter.
+            if text.last() != Some(&b'\r') {
+                assert_eq!(request::oddly_written(&text), plain(&text), "{text:?}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ impl Policy {
         }
     }
 
+    /// Can any request leave the machine `node`? If not, there is no need to look at them.
+    #[must_use]
+    pub fn leads_away_from(&self, node: &str) -> bool {
+        self.rules.iter().any(|r| r.leads_away_from(node))
+    }
+
     /// Does it concern no connection at all? (Without rules none leaves, but restored ones may come.)
     #[must_use]
     pub fn is_inert(&self) -> bool {
@@ -47,6 +53,10 @@ impl Policy {
 }
 
 impl Rule {
+    fn leads_away_from(&self, node: &str) -> bool {
+        !self.local && !self.targets.is_empty() && self.targets.iter().all(|t| t.name != node)
+    }
+
     fn matches(&self, head: &RequestHead<'_>, path: &str) -> bool {
         self.conditions.iter().all(|c| match c {
             Condition::Prefix(p) => path.starts_with(p.as_str()),
@@ -82,9 +92,11 @@ fn host_matches(pattern: &str, given: &str) -> bool {
 /// The path that a server would look up: escapes resolved, `//`, `/./` and `/../` too, without a fragment (which has
 /// no place in a request), as nginx does. A path that needs none of it is not copied.
 pub(super) fn normalised(path: &str) -> Cow<'_, str> {
+    if is_normal(path) {
+        return Cow::Borrowed(path);
+    }
     let path = path.split_once('#').map_or(path, |(path, _)| path);
-    let plain = !path.contains('%') && !path.contains("//") && !path.contains("/.");
-    if plain {
+    if is_normal(path) {
         return Cow::Borrowed(path);
     }
     let decoded = decoded(path.as_bytes());
@@ -110,6 +122,16 @@ pub(super) fn normalised(path: &str) -> Cow<'_, str> {
         result.push('/');
     }
     Cow::Owned(result)
+}
+
+/// Would the path come out as it is? Looked at in one pass; a no may be wrong.
+fn is_normal(path: &str) -> bool {
+    let mut last = 0;
+    path.bytes().all(|b| {
+        let normal = !matches!(b, b'%' | b'#') && (last != b'/' || !matches!(b, b'/' | b'.'));
+        last = b;
+        normal
+    })
 }
 
 fn decoded(path: &[u8]) -> Vec<u8> {

@@ -30,7 +30,7 @@ path_regex = "^/v[0-9]+/obj"
 to = ["t1"]
 "#;
 
-fn head(text: &str) -> Box<RequestHead<'_>> {
+fn head(text: &str) -> RequestHead<'_> {
     match parse_head(text.as_bytes()) {
         Head::Complete(head) => head,
         _ => panic!("{text:?}"),
@@ -66,6 +66,20 @@ fn the_first_matching_rule_decides() {
 }
 
 #[test]
+fn rules_that_lead_nowhere_else() {
+    let leads = |rules, node| {
+        let text = Some("t1=10.3.0.2:7400,t2=10.4.0.2:7400");
+        Policy::load(None, Some("80"), text, Some(rules))
+            .expect("valid")
+            .expect("given")
+            .leads_away_from(node)
+    };
+    assert!(leads("/a => local; /b => t1", "host") && leads("/b => t1; /c => t2", "t1"));
+    assert!(!leads("/a => local", "host") && !leads("/b => t1; /c => t2,t1", "t1"));
+    assert!(leads("/b => t1", ""), "before the node's name is known");
+}
+
+#[test]
 fn paths_are_what_the_server_looks_up() {
     for (given, expected) in [
         ("/a/b", "/a/b"),
@@ -80,6 +94,8 @@ fn paths_are_what_the_server_looks_up() {
         ("/.hidden", "/.hidden"),
         ("/a#/../b", "/a"),
         ("/a%23b", "/a#b"),
+        ("*", "*"),
+        ("*#/x", "*"),
     ] {
         assert_eq!(normalised(given), expected, "{given}");
     }
