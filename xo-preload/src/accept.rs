@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use libc::{c_int, sockaddr, socklen_t};
 use xo_proto::ipc::Deliver;
+use xo_proto::protocol::Protocol;
 use xo_proto::reason::Reason;
 use xo_proto::slot::Counter;
 use xo_sys::raw::{self, Fd};
@@ -105,7 +106,7 @@ pub(crate) fn accept(
         if !init::active_policy().is_some_and(|p| p.leads_away_from(daemon::node())) {
             return accepted;
         }
-        if conn::track(accepted, None, flags & libc::SOCK_NONBLOCK != 0).is_none() {
+        if conn::track(accepted, None, flags & libc::SOCK_NONBLOCK != 0, protocol(fd)).is_none() {
             daemon::count(Reason::SlotsFull as usize);
         }
         lifecycle::tracking();
@@ -128,6 +129,12 @@ fn is_live(socket: &Fd) -> bool {
         }
     }
     true
+}
+
+/// What is spoken on a tracked listening socket.
+fn protocol(listener: c_int) -> Protocol {
+    let port = tracked_port(listener).unwrap_or_default();
+    init::active_policy().map_or(Protocol::default(), |p| p.protocol(port))
 }
 
 /// Closes a wake-up connection. The byte on it is for listening sockets that defer accept until there is data.
@@ -160,7 +167,7 @@ fn hand_out(
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
     }
-    if conn::track(fd, Some(deliver), flags & libc::SOCK_NONBLOCK != 0).is_none() {
+    if conn::track(fd, Some(deliver), flags & libc::SOCK_NONBLOCK != 0, protocol(listener)).is_none() {
         daemon::count(Reason::SlotsFull as usize);
     }
     daemon::count(Counter::Delivered as usize);

@@ -5,19 +5,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libc::iovec;
-use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
+use xo_proto::http::{Head, MAX_HEAD, Method, RequestTracker, parse_head};
 use xo_proto::ipc::{Destination, Offload};
 use xo_proto::policy::Decision;
+use xo_proto::protocol::{Progress, Request, Requests, Responses};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, poll};
+use crate::{daemon, init, poll, redis};
 
-/// Most heads are shorter: looked at on the stack.
+/// Most HTTP heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
-const ESTABLISHED: u8 = 1;
+/// As much as Redis reads: commands come many at a time.
+const COMMANDS: usize = 16 << 10;
+pub(crate) const ESTABLISHED: u8 = 1;
 /// A request moves so often at most: machines with different policies would send it around for ever.
 const MOST_MOVES: u8 = 3;
 /// After this long without a verdict, is the daemon still there? Its own limits are below.
@@ -101,14 +104,30 @@ pub(crate) fn look(
     index: u32,
     half: &mut ReadHalf,
     nonblocking: bool,
+    buffer: Option<iovec>,
+) -> Outcome {
+    match half.tracker {
+        Requests::Http(_) => look_into::<SMALL>(fd, conn, index, half, nonblocking, buffer),
+        Requests::Redis(_) => look_into::<COMMANDS>(fd, conn, index, half, nonblocking, buffer),
+    }
+}
+
+/// As [`look`], at up to `SIZE` bytes at first.
+#[inline(never)]
+fn look_into<const SIZE: usize>(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    half: &mut ReadHalf,
+    nonblocking: bool,
     mut buffer: Option<iovec>,
 ) -> Outcome {
-    let mut small = [MaybeUninit::<u8>::uninit(); SMALL];
+    let mut small = [MaybeUninit::<u8>::uninit(); SIZE];
     let mut end = None;
     loop {
         let (at, size) = match buffer {
-            Some(b) => (b.iov_base.cast(), b.iov_len.min(SMALL)),
-            None => (small.as_mut_ptr().cast(), SMALL),
+            Some(b) => (b.iov_base.cast(), b.iov_len.min(SIZE)),
+            None => (small.as_mut_ptr().cast(), SIZE),
         };
         // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
         let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
@@ -123,13 +142,13 @@ pub(crate) fn look(
         }
         // SAFETY: the kernel has just written these bytes, and no other thread is there to change a server's buffer.
         let bytes = unsafe { std::slice::from_raw_parts(at, n) };
-        let seen = match parse_head(bytes) {
-            Head::Partial if n == size && buffer.is_some() => {
+        let seen = match judge(fd, conn, index, half, bytes, n < size, nonblocking) {
+            Seen::Cut if buffer.is_some() => {
                 buffer = None;
                 continue;
             }
-            Head::Partial if n == size => look_far(fd, conn, index, half),
-            head => judge(fd, conn, index, half, head, n, n < size),
+            Seen::Cut => look_far(fd, conn, index, half, nonblocking),
+            seen => seen,
         };
         match seen {
             Seen::Outcome(Outcome::Read { alone, .. }) => {
@@ -138,6 +157,7 @@ pub(crate) fn look(
                 return Outcome::Read { alone, there: if whole { n } else { 0 } };
             }
             Seen::Outcome(outcome) => return outcome,
+            Seen::Cut => return Outcome::Read { alone: true, there: 0 },
             Seen::Asked | Seen::HeldBack if nonblocking => return Outcome::Error(libc::EAGAIN),
             Seen::Asked => match verdict(fd, conn, index, half, false) {
                 Some(outcome) => return outcome,
@@ -156,73 +176,132 @@ pub(crate) fn look(
 }
 
 /// As [`look`], for a head that does not fit on the stack.
-fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf) -> Seen {
+fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Seen {
     let mut large = vec![0; MAX_HEAD + 1];
     match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
         Ok(n) => {
-            judge(fd, conn, index, half, parse_head(large.get(..n).unwrap_or_default()), n, n <= MAX_HEAD)
+            let bytes = large.get(..n).unwrap_or_default();
+            match judge(fd, conn, index, half, bytes, n <= MAX_HEAD, nonblocking) {
+                // No protocol asks for more.
+                Seen::Cut => leave(fd, conn, half, Reason::HeadTooLong),
+                seen => seen,
+            }
         }
         Err(e) => Seen::Outcome(Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO))),
     }
 }
 
-enum Seen {
+/// What a look comes to.
+pub(crate) enum Seen {
+    /// This.
     Outcome(Outcome),
+    /// The daemon has been asked.
     Asked,
+    /// The server does not get it yet.
     HeldBack,
+    /// Too little, and more is there.
+    Cut,
 }
 
-/// `n` bytes wait, `all` of the queue has been looked at.
-fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, head: Head<'_>, n: usize, all: bool) -> Seen {
-    match head {
-        Head::Partial => {
-            let now = raw::monotonic().as_nanos() as u64;
-            let deadline = conn.deadline.load(Ordering::Relaxed);
-            if deadline != 0 && now >= deadline {
-                return leave(fd, conn, half, Reason::HeadTooSlow);
-            }
-            // Nothing new since the last look: has the client stopped sending for good?
-            if half.partial == n && raw::tcp_state(fd).is_ok_and(|s| s != ESTABLISHED) {
-                return leave(fd, conn, half, Reason::HeadTooSlow);
-            }
-            half.partial = n;
-            poll::hold_back(fd, conn, n, now + init::head_timeout_ns());
-            Seen::HeldBack
+/// `all` of the queue is in `bytes`.
+fn judge(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    half: &mut ReadHalf,
+    bytes: &[u8],
+    all: bool,
+    nonblocking: bool,
+) -> Seen {
+    match half.tracker {
+        Requests::Http(tracker) => judge_http(fd, conn, index, half, tracker, bytes, all),
+        Requests::Redis(requests) => {
+            redis::judge(fd, conn, index, half, requests, &redis::Waiting { bytes, all, nonblocking })
         }
+    }
+}
+
+/// The beginning of a request: more is needed.
+pub(crate) fn partial(fd: i32, conn: &Conn, half: &mut ReadHalf, n: usize) -> Seen {
+    let now = raw::monotonic().as_nanos() as u64;
+    let deadline = conn.deadline.load(Ordering::Relaxed);
+    if deadline != 0 && now >= deadline {
+        return leave(fd, conn, half, Reason::HeadTooSlow);
+    }
+    // Nothing new since the last look: has the client stopped sending for good?
+    if half.partial == n && raw::tcp_state(fd).is_ok_and(|s| s != ESTABLISHED) {
+        return leave(fd, conn, half, Reason::HeadTooSlow);
+    }
+    half.partial = n;
+    poll::hold_back(fd, conn, n, now + init::head_timeout_ns());
+    Seen::HeldBack
+}
+
+#[inline]
+fn judge_http(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    half: &mut ReadHalf,
+    mut tracker: RequestTracker,
+    bytes: &[u8],
+    all: bool,
+) -> Seen {
+    match parse_head(bytes) {
+        Head::Partial if !all => Seen::Cut,
+        Head::Partial => partial(fd, conn, half, bytes.len()),
         Head::TooLong => leave(fd, conn, half, Reason::HeadTooLong),
         Head::Refused(reason) => leave(fd, conn, half, reason),
         Head::Complete(head) if head.upgrade => leave(fd, conn, half, Reason::Upgraded),
         Head::Complete(head) => {
             release(fd, conn, half);
-            if !half.stays && wants_to_move(fd, conn, index, &head) {
+            if !half.stays && wants_to_move(fd, conn, index, Request::Http(&head)) {
                 return Seen::Asked;
             }
             conn.moves.store(0, Ordering::Relaxed);
-            half.tracker.begin(&head);
-            if let Some(mut responses) = conn.write() {
-                responses.expect(Method::from(head.method));
-            } else {
-                return leave(fd, conn, half, Reason::Shared);
+            tracker.begin(&head);
+            half.tracker = Requests::Http(tracker);
+            match conn.write().as_deref_mut() {
+                Some(Responses::Http(responses)) => responses.expect(Method::from(head.method)),
+                _ => return leave(fd, conn, half, Reason::Shared),
             }
-            let rest = half.tracker;
-            let alone = all && matches!(rest, xo_proto::http::RequestTracker::Left(left) if left >= n as u64);
+            let alone = all && matches!(tracker, RequestTracker::Left(left) if left >= bytes.len() as u64);
             Seen::Outcome(Outcome::Read { alone, there: 0 })
         }
     }
 }
 
 /// The server gets what there is, now and from now on.
-fn leave(fd: i32, conn: &Conn, half: &mut ReadHalf, reason: Reason) -> Seen {
+pub(crate) fn leave(fd: i32, conn: &Conn, half: &mut ReadHalf, reason: Reason) -> Seen {
     release(fd, conn, half);
     conn.abandon(reason);
     Seen::Outcome(Outcome::Read { alone: true, there: 0 })
 }
 
 /// A head is complete, or given up on: normal readiness again.
-fn release(fd: i32, conn: &Conn, half: &mut ReadHalf) {
+pub(crate) fn release(fd: i32, conn: &Conn, half: &mut ReadHalf) {
     half.partial = 0;
+    conn.awaits_clean.store(false, Ordering::Relaxed);
     if conn.deadline.load(Ordering::Acquire) != 0 && conn.deadline.swap(0, Ordering::AcqRel) != 0 {
         let _ = tcp_repair::poke(fd);
+    }
+}
+
+/// A request that waits for the responses before it may be looked at again.
+#[cold]
+pub(crate) fn responses_are_out(conn: &Conn) {
+    if conn.awaits_clean.swap(false, Ordering::AcqRel) {
+        let _ = tcp_repair::poke(conn.fd.load(Ordering::Relaxed));
+    }
+}
+
+/// Does the policy send a request away from this machine, whatever machine it is?
+pub(crate) fn leads_away<'r>(conn: &Conn, request: impl Into<Request<'r>>) -> bool {
+    let Some(policy) = init::active_policy() else { return false };
+    match policy.decide(request, daemon::node()) {
+        Decision::To { .. } => true,
+        Decision::Local => conn.guest.load(Ordering::Relaxed),
+        Decision::Here | Decision::Unmatched => false,
     }
 }
 
@@ -232,11 +311,11 @@ fn until(conn: &Conn) -> Duration {
 }
 
 /// Asks the policy, and if it says so the daemon.
-fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bool {
+pub(crate) fn wants_to_move(fd: i32, conn: &Conn, index: u32, request: Request<'_>) -> bool {
     let Some(policy) = init::active_policy() else { return false };
     // Before the first hello the node's name is not known; rules then name other machines only.
     daemon::open();
-    let (to, handler) = match policy.decide(head, daemon::node()) {
+    let (to, handler) = match policy.decide(request, daemon::node()) {
         Decision::To { targets, handler, .. } => {
             let turn = TURN.fetch_add(1, Ordering::Relaxed);
             let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };

@@ -8,8 +8,8 @@
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use xo_proto::http::{RequestTracker, ResponseTracker};
 use xo_proto::ipc::Deliver;
+use xo_proto::protocol::{Protocol, Requests, Responses};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{GONE, SLOTS};
 use xo_sys::raw;
@@ -46,6 +46,8 @@ pub(crate) struct Conn {
     pub(crate) mode: Mode,
     /// When a head that is held back is let through, `CLOCK_MONOTONIC` ns; 0 for none.
     pub(crate) deadline: AtomicU64,
+    /// The next request is held back until all responses are written.
+    pub(crate) awaits_clean: AtomicBool,
     /// Another machine has accepted it from its client.
     pub(crate) guest: AtomicBool,
     /// Moves so far on behalf of the request that comes next.
@@ -58,7 +60,7 @@ pub(crate) struct Conn {
     forks: AtomicU32,
     next_free: AtomicU32,
     read: UnsafeCell<Option<ReadHalf>>,
-    write: UnsafeCell<Option<ResponseTracker>>,
+    write: UnsafeCell<Option<Responses>>,
 }
 
 // SAFETY: the two cells are touched only by who holds the claim of their half.
@@ -68,15 +70,19 @@ unsafe impl Sync for Conn {}
 #[derive(Clone, Copy)]
 pub(crate) struct ReadHalf {
     /// Where in the request stream the server is.
-    pub(crate) tracker: RequestTracker,
+    pub(crate) tracker: Requests,
     /// The next request is served here whatever the policy says.
     pub(crate) stays: bool,
     /// Length of an incomplete head when last looked at.
     pub(crate) partial: usize,
+    /// A request has waited for the responses before it as long as it may.
+    pub(crate) late: bool,
 }
 
 impl ReadHalf {
-    const NEW: ReadHalf = ReadHalf { tracker: RequestTracker::Boundary, stays: false, partial: 0 };
+    fn new(protocol: Protocol) -> ReadHalf {
+        ReadHalf { tracker: Requests::new(protocol), stays: false, partial: 0, late: false }
+    }
 }
 
 /// No delivery: accepted from its client.
@@ -118,7 +124,7 @@ pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
 }
 
 /// Starts to follow the connection behind a descriptor, accepted or delivered; `None` when the table is full.
-pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Option<()> {
+pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, protocol: Protocol) -> Option<()> {
     forget(fd);
     if !fdtable::has_room_for(fd) {
         return None;
@@ -128,6 +134,7 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     conn.asked.store(false, Ordering::Relaxed);
     conn.gone.store(false, Ordering::Relaxed);
     conn.deadline.store(0, Ordering::Relaxed);
+    conn.awaits_clean.store(false, Ordering::Relaxed);
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.guest.store(deliver.is_some_and(|d| d.guest), Ordering::Relaxed);
@@ -139,8 +146,8 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
     // entry is freed, so overwriting without a drop loses nothing.
     unsafe {
-        conn.read.get().write(Some(ReadHalf::NEW));
-        conn.write.get().write(Some(ResponseTracker::default()));
+        conn.read.get().write(Some(ReadHalf::new(protocol)));
+        conn.write.get().write(Some(Responses::new(protocol)));
     }
     conn.kind.store(Kind::Tracked as u8, Ordering::Release);
     fdtable::set(fd, fdtable::Entry::Connection(index));
@@ -216,7 +223,7 @@ impl Conn {
     }
 
     /// Claims the writing half.
-    pub(crate) fn write(&self) -> Option<Claim<'_, ResponseTracker>> {
+    pub(crate) fn write(&self) -> Option<Claim<'_, Responses>> {
         Claim::new(&self.writing, &self.write)
     }
 
@@ -229,7 +236,7 @@ impl Conn {
         daemon::clear_slot(index);
         self.kind.store(Kind::Free as u8, Ordering::Release);
         if let Some(mut tracker) = self.write() {
-            *tracker = ResponseTracker::default();
+            *tracker = Responses::default();
         }
         give_back(index);
     }

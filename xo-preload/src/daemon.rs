@@ -327,6 +327,13 @@ pub(crate) fn count(counter: usize) {
     }
 }
 
+/// Adds `n` to a counter.
+pub(crate) fn count_many(counter: usize, n: u32) {
+    if let Some(slots) = slots().filter(|_| n > 0) {
+        slots.add(counter, n.into());
+    }
+}
+
 /// Which daemon this process is connected to, counted from 1.
 pub(crate) fn epoch() -> u32 {
     EPOCH.load(Ordering::Relaxed)

@@ -3,7 +3,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use libc::{c_int, iovec};
-use xo_proto::http::{Limit, Progress};
+use xo_proto::protocol::{Limit, Progress, Responses};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{GONE, PENDING};
 use xo_sys::{raw, tcp_repair};
@@ -201,7 +201,7 @@ fn account(conn: &Conn, half: &mut ReadHalf, pieces: &[iovec], n: usize) {
     } else {
         for_each_piece(pieces, n, |bytes| half.tracker.consumed(bytes));
     }
-    if half.tracker == xo_proto::http::RequestTracker::Lost {
+    if half.tracker.is_lost() {
         conn.abandon(Reason::AmbiguousFraming);
     }
 }
@@ -306,7 +306,7 @@ pub(crate) fn write_unseen(fd: c_int, index: u32, conn: &Conn, call: impl FnOnce
     n
 }
 
-fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut xo_proto::http::ResponseTracker)) {
+fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut Responses)) {
     let Some(mut responses) = conn.write() else {
         return conn.abandon(Reason::Shared);
     };
@@ -314,6 +314,10 @@ fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut xo_proto::http::Respon
     match responses.progress() {
         Progress::Unknown => conn.abandon(Reason::UnknownResponse),
         Progress::Upgraded => conn.abandon(Reason::Upgraded),
+        Progress::Clean if conn.awaits_clean.load(Ordering::Relaxed) => {
+            drop(responses);
+            boundary::responses_are_out(conn);
+        }
         Progress::Clean | Progress::InProgress | Progress::UntilClose => {}
     }
 }

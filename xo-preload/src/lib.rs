@@ -31,5 +31,6 @@ mod lifecycle;
 mod log;
 mod mode;
 mod poll;
+mod redis;
 mod register;
 mod spawn;

@@ -7,8 +7,10 @@ mod chunked;
 mod request;
 mod response;
 
-pub use request::{Body, Head, Limit, MAX_HEAD, RequestHead, RequestTracker, parse_head};
-pub use response::{Method, Progress, ResponseTracker};
+pub use request::{Body, Head, MAX_HEAD, RequestHead, RequestTracker, parse_head};
+pub use response::{Method, ResponseTracker};
+
+pub use crate::protocol::{Limit, Progress};
 
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,8 @@ pub mod http;
 pub mod ipc;
 pub mod packet;
 pub mod policy;
+pub mod protocol;
 pub mod reason;
+pub mod resp;
 pub mod slot;
 pub mod wire;

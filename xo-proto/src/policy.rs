@@ -3,23 +3,29 @@
 //!
 //! The one-liners, in a small grammar:
 //! ```text
-//! XO_LISTEN  = port *( "," port )
+//! XO_LISTEN  = port [ "/" protocol ] *( "," port [ "/" protocol ] )
 //! XO_TARGETS = name "=" address ":" port *( "," name "=" address ":" port )
 //! XO_RULES   = rule *( ";" rule )
 //! rule       = *condition "=>" name *( "," name ) [ "@" handler ]
 //! condition  = "/" prefix | "=" exact-path | "~" path-regex | "host=" name | "method=" name
+//!            | "slots=" number [ "-" number ] *( "|" number [ "-" number ] )
 //! ```
-//! For example `XO_RULES="/img/ => t1,t2 @web; host=a.example /obj/ => t2; / => local"`.
+//! For example `XO_RULES="/img/ => t1,t2 @web; host=a.example /obj/ => t2; / => local"`, and for Redis
+//! `XO_LISTEN=6379/redis XO_RULES="slots=0-8191 => local; slots=8192-16383 => t1 @redis"`.
 
 mod file;
 mod line;
 mod matching;
+mod slots;
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
 use regex_lite::Regex;
 
 pub use matching::Decision;
+
+use crate::protocol::Protocol;
 
 /// Handler of rules that name none.
 pub const DEFAULT_HANDLER: &str = "default";
@@ -51,6 +57,8 @@ pub struct Policy {
     pub listen: Vec<u16>,
     /// All machines that rules may name.
     pub targets: Vec<Target>,
+    /// Those of `listen` on which something else than HTTP is spoken.
+    protocols: Vec<(u16, Protocol)>,
     rules: Vec<Rule>,
 }
 
@@ -80,6 +88,7 @@ enum Condition {
     Host(String),
     Method(Vec<String>),
     Header { name: String, value: Option<String> },
+    Slots(Vec<RangeInclusive<u16>>),
 }
 
 impl Policy {
@@ -126,9 +135,16 @@ struct At<T> {
     offset: usize,
 }
 
+/// A port, and what is spoken on it.
+#[derive(Clone, Copy, Debug)]
+struct Port {
+    number: u16,
+    protocol: Protocol,
+}
+
 #[derive(Clone, Debug, Default)]
 struct Parts {
-    listen: Vec<At<u16>>,
+    listen: Vec<At<Port>>,
     targets: Vec<(At<String>, SocketAddr)>,
     rules: Vec<RawRule>,
 }
@@ -166,8 +182,10 @@ impl Parts {
             rules.push(Rule { conditions: raw.conditions, local, targets, handler });
         }
         let targets = self.targets.into_iter();
+        let other = self.listen.iter().filter(|p| p.value.protocol != Protocol::default());
         Ok(Policy {
-            listen: self.listen.iter().map(|p| p.value).collect(),
+            listen: self.listen.iter().map(|p| p.value.number).collect(),
+            protocols: other.map(|p| (p.value.number, p.value.protocol)).collect(),
             targets: targets.map(|(name, address)| Target { name: name.value, address }).collect(),
             rules,
         })
@@ -175,13 +193,14 @@ impl Parts {
 }
 
 /// `text` is what the offsets refer to.
-fn check_listen(text: &str, listen: &[At<u16>]) -> Result<(), PolicyError> {
+fn check_listen(text: &str, listen: &[At<Port>]) -> Result<(), PolicyError> {
     for (i, port) in listen.iter().enumerate() {
-        if port.value == 0 {
+        let number = port.value.number;
+        if number == 0 {
             return Err(error_at(text, port.offset, "`0` is not a port"));
         }
-        if listen.iter().take(i).any(|p| p.value == port.value) {
-            let message = format!("port {} stands twice in `listen`", port.value);
+        if listen.iter().take(i).any(|p| p.value.number == number) {
+            let message = format!("port {number} stands twice in `listen`");
             return Err(error_at(text, port.offset, message));
         }
     }

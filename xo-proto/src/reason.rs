@@ -71,10 +71,23 @@ pub enum Reason {
     DaemonLost,
     /// The request has moved several times already: policies of different machines contradict each other.
     MovedTooOften,
+    /// The bytes on the connection are not Redis's protocol; it is left alone for the rest of its life.
+    NotRedis,
+    /// The server keeps something about the connection: a transaction, a watched key, a selected database (the request
+    /// stays), a user, a subscription, a name ... (the connection is left alone from here on).
+    SessionState,
+    /// The keys of a command lie in several hash slots.
+    CrossSlot,
+    /// A command before this one blocks the connection.
+    Blocking,
+    /// The command runs a script.
+    Script,
+    /// A Redis command that is not known here; the connection is left alone from here on.
+    UnknownCommand,
 }
 
 /// Number of reasons.
-pub const REASONS: usize = Reason::MovedTooOften as usize + 1;
+pub const REASONS: usize = Reason::UnknownCommand as usize + 1;
 
 /// All reasons, in the order of their numbers.
 pub const ALL: [Reason; REASONS] = {
@@ -113,6 +126,12 @@ pub const ALL: [Reason; REASONS] = {
         Stopping,
         DaemonLost,
         MovedTooOften,
+        NotRedis,
+        SessionState,
+        CrossSlot,
+        Blocking,
+        Script,
+        UnknownCommand,
     ]
 };
 
@@ -155,6 +174,12 @@ impl Reason {
             Stopping => "stopping",
             DaemonLost => "daemon_lost",
             MovedTooOften => "moved_too_often",
+            NotRedis => "not_redis",
+            SessionState => "session_state",
+            CrossSlot => "cross_slot",
+            Blocking => "blocking",
+            Script => "script",
+            UnknownCommand => "unknown_command",
         }
     }
 }

@@ -178,8 +178,13 @@ impl SlotTable {
 
     /// Adds one to a counter (a reason's number or a `xo_proto::slot::Counter`).
     pub fn count(&self, counter: usize) {
+        self.add(counter, 1);
+    }
+
+    /// Adds `n` to a counter.
+    pub fn add(&self, counter: usize, n: u64) {
         if let Some(c) = self.get().counters.get(counter) {
-            c.fetch_add(1, Ordering::Relaxed);
+            c.fetch_add(n, Ordering::Relaxed);
         }
     }
 

@@ -13,6 +13,7 @@ pub mod kinds;
 pub mod load;
 pub mod plain;
 pub mod program;
+pub mod redis;
 pub mod servers;
 pub mod shards;
 

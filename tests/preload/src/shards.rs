@@ -76,7 +76,7 @@ impl Bed {
     }
 
     /// Waits until each daemon is connected to all targets.
-    fn wait_connected(&self, nodes: &[String]) {
+    pub(crate) fn wait_connected(&self, nodes: &[String]) {
         for node in nodes {
             let connected = || {
                 let status = self.try_status(node)?;

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use httparse::{Header, Request, Status};
 
 use super::chunked::Chunked;
+use crate::protocol::Limit;
 use crate::reason::Reason;
 
 /// Longest head that is looked at, bytes.
@@ -221,15 +222,6 @@ fn has_token(value: &[u8], token: &str) -> bool {
     value.split(|b| *b == b',').any(|t| t.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
 }
 
-/// How far the application may read now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limit {
-    /// Up to so many bytes: the rest of the request, as far as it is known.
-    Bytes(u64),
-    /// The bytes in the socket have to be looked at first: see [`RequestTracker::limit`].
-    Peek,
-}
-
 /// Follows what the application reads, from one request's beginning to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestTracker {
@@ -254,6 +246,12 @@ impl RequestTracker {
     #[must_use]
     pub fn at_boundary(&self) -> bool {
         matches!(self, RequestTracker::Boundary)
+    }
+
+    /// Can the end of the request not be known?
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        matches!(self, RequestTracker::Lost)
     }
 
     /// A request begins; none of its bytes has been read.

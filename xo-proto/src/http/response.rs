@@ -6,6 +6,7 @@ use httparse::{ParserConfig, Response, Status};
 
 use super::chunked::Chunked;
 use super::request::decimal;
+use crate::protocol::Progress;
 
 /// Longest response head that is followed, bytes.
 const MAX_HEAD: usize = 64 << 10;
@@ -32,21 +33,6 @@ impl From<&str> for Method {
             _ => Method::Other,
         }
     }
-}
-
-/// How far the responses are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// Every request has its complete response.
-    Clean,
-    /// A response is missing or incomplete.
-    InProgress,
-    /// The last response lasts until the connection closes.
-    UntilClose,
-    /// The connection has changed to another protocol.
-    Upgraded,
-    /// What was written could not be followed.
-    Unknown,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

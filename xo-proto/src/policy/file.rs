@@ -1,18 +1,25 @@
 //! `policy.toml`.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Formatter};
 use std::net::SocketAddr;
 
 use regex_lite::Regex;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use toml::Spanned;
 
-use super::{At, Condition, Parts, Policy, PolicyError, RawRule, check_listen, check_targets, error_at};
+use super::line::protocol_named;
+use super::{
+    At, Condition, Parts, Policy, PolicyError, Port, RawRule, check_listen, check_targets, error_at, slots,
+};
+use crate::protocol::Protocol;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    listen: Vec<Spanned<u16>>,
+    listen: Vec<Spanned<FilePort>>,
     #[serde(default)]
     targets: BTreeMap<Spanned<String>, Spanned<String>>,
     #[serde(default)]
@@ -28,6 +35,7 @@ struct FileRule {
     host: Option<String>,
     method: Option<OneOrMore>,
     header: Option<HeaderCondition>,
+    slots: Option<Spanned<Vec<Spanned<String>>>>,
     to: Spanned<Vec<Spanned<String>>>,
     balance: Option<Spanned<Balance>>,
     handler: Option<String>,
@@ -45,6 +53,48 @@ enum OneOrMore {
 struct HeaderCondition {
     name: String,
     value: Option<String>,
+}
+
+/// `80` or `{ port = 6379, protocol = "redis" }`.
+struct FilePort(Port);
+
+impl<'de> Deserialize<'de> for FilePort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<FilePort, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = FilePort;
+
+            fn expecting(&self, f: &mut Formatter<'_>) -> fmt::Result {
+                f.write_str("a port or { port = ..., protocol = ... }")
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<FilePort, E> {
+                let number =
+                    u16::try_from(number).map_err(|_| E::custom(format!("`{number}` is not a port")))?;
+                Ok(FilePort(Port { number, protocol: Protocol::default() }))
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<FilePort, M::Error> {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Table {
+                    port: u16,
+                    protocol: Option<NamedProtocol>,
+                }
+                let Table { port, protocol } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(FilePort(Port { number: port, protocol: protocol.map(|p| p.0).unwrap_or_default() }))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+struct NamedProtocol(Protocol);
+
+impl<'de> Deserialize<'de> for NamedProtocol {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<NamedProtocol, D::Error> {
+        protocol_named(&String::deserialize(deserializer)?).map(NamedProtocol).map_err(D::Error::custom)
+    }
 }
 
 #[derive(Deserialize, PartialEq)]
@@ -66,7 +116,7 @@ pub(super) fn parts(text: &str) -> Result<Parts, PolicyError> {
         error_at(text, offset, e.message().lines().next().unwrap_or("not TOML"))
     })?;
     let mut parts = Parts {
-        listen: file.listen.iter().map(|p| At { value: *p.get_ref(), offset: p.span().start }).collect(),
+        listen: file.listen.iter().map(|p| At { value: p.get_ref().0, offset: p.span().start }).collect(),
         ..Parts::default()
     };
     for (name, address) in &file.targets {
@@ -117,6 +167,14 @@ fn raw_rule(text: &str, rule: FileRule) -> Result<RawRule, PolicyError> {
         })
     }));
     conditions.extend(rule.header.map(|h| Condition::Header { name: h.name, value: h.value }));
+    if let Some(ranges) = rule.slots {
+        if ranges.get_ref().is_empty() {
+            return Err(error_at(text, ranges.span().start, "`slots` names no slot"));
+        }
+        let range =
+            |r: &Spanned<String>| slots::range(r.get_ref()).map_err(|e| error_at(text, r.span().start, e));
+        conditions.push(Condition::Slots(ranges.get_ref().iter().map(range).collect::<Result<_, _>>()?));
+    }
     let to = rule.to.into_inner().into_iter();
     let to = to.map(|name| At { offset: name.span().start, value: name.into_inner() }).collect();
     Ok(RawRule { conditions, to, handler: rule.handler, source: None })

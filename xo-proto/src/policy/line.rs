@@ -2,21 +2,35 @@
 
 use regex_lite::Regex;
 
-use super::{At, Condition, PolicyError, RawRule, check_listen, check_targets, error_at};
+use super::{
+    At, Condition, PolicyError, Port, RawRule, check_listen, check_targets, error_at, slots, suggestion,
+};
+use crate::protocol::Protocol;
 
 /// `XO_LISTEN`.
-pub(super) fn listen(text: &str) -> Result<Vec<At<u16>>, PolicyError> {
+pub(super) fn listen(text: &str) -> Result<Vec<At<Port>>, PolicyError> {
     let listen = items(0, text, ',')
         .map(|item| {
-            let value = item
-                .value
-                .parse()
-                .map_err(|_| error_at(text, item.offset, format!("`{}` is not a port", item.value)))?;
+            let value = port(item.value).map_err(|message| error_at(text, item.offset, message))?;
             Ok(At { value, offset: item.offset })
         })
         .collect::<Result<Vec<_>, _>>()?;
     check_listen(text, &listen)?;
     Ok(listen)
+}
+
+/// `80`, or `6379/redis`.
+fn port(text: &str) -> Result<Port, String> {
+    let (number, protocol) = text.split_once('/').unwrap_or((text, "http"));
+    let number = number.trim_end().parse().map_err(|_| format!("`{text}` is not a port"))?;
+    Ok(Port { number, protocol: protocol_named(protocol.trim_start())? })
+}
+
+pub(super) fn protocol_named(name: &str) -> Result<Protocol, String> {
+    Protocol::named(name).ok_or_else(|| {
+        let known = Protocol::NAMES.iter().map(|(n, _)| *n);
+        format!("unknown protocol `{name}`{}", suggestion(name, known))
+    })
 }
 
 /// `XO_TARGETS`.
@@ -78,7 +92,10 @@ fn condition(text: &str) -> Result<Condition, String> {
     if let Some(method) = text.strip_prefix("method=") {
         return Ok(Condition::Method(method.split('|').map(str::to_owned).collect()));
     }
-    Err(format!("`{text}` is no condition (/PREFIX =/EXACT ~REGEX host=NAME method=NAME)"))
+    if let Some(ranges) = text.strip_prefix("slots=") {
+        return ranges.split('|').map(slots::range).collect::<Result<_, _>>().map(Condition::Slots);
+    }
+    Err(format!("`{text}` is no condition (/PREFIX =/EXACT ~REGEX host=NAME method=NAME slots=FIRST-LAST)"))
 }
 
 /// Non-empty, trimmed pieces of `part`, which begins at byte `start` of the variable, with their offsets.

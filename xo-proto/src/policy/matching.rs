@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use super::{Condition, Policy, Rule, Target};
-use crate::http::RequestHead;
+use super::{Condition, Policy, Rule, Target, slots};
+use crate::protocol::{Protocol, Request};
 
 /// What the policy says about a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,9 +28,13 @@ pub enum Decision<'p> {
 impl Policy {
     /// Decides about a request on the machine `node`: a rule that names this machine leaves it here.
     #[must_use]
-    pub fn decide(&self, head: &RequestHead<'_>, node: &str) -> Decision<'_> {
-        let path = normalised(head.path);
-        let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
+    pub fn decide<'r>(&self, request: impl Into<Request<'r>>, node: &str) -> Decision<'_> {
+        let request = request.into();
+        let path = match request {
+            Request::Http(head) => normalised(head.path),
+            Request::Redis(_) => Cow::Borrowed(""),
+        };
+        let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(request, &path));
         match found {
             None => Decision::Unmatched,
             Some((_, r)) if r.targets.iter().any(|t| t.name == node) => Decision::Here,
@@ -45,6 +49,12 @@ impl Policy {
         self.rules.iter().any(|r| r.leads_away_from(node))
     }
 
+    /// What is spoken on a port.
+    #[must_use]
+    pub fn protocol(&self, port: u16) -> Protocol {
+        self.protocols.iter().find(|(p, _)| *p == port).map_or(Protocol::default(), |(_, protocol)| *protocol)
+    }
+
     /// Does it concern no connection at all? (Without rules none leaves, but restored ones may come.)
     #[must_use]
     pub fn is_inert(&self) -> bool {
@@ -57,7 +67,16 @@ impl Rule {
         !self.local && !self.targets.is_empty() && self.targets.iter().all(|t| t.name != node)
     }
 
-    fn matches(&self, head: &RequestHead<'_>, path: &str) -> bool {
+    /// A condition about the one protocol is never met by a request of the other.
+    fn matches(&self, request: Request<'_>, path: &str) -> bool {
+        let head = match request {
+            Request::Http(head) => head,
+            Request::Redis(command) => {
+                let is_met =
+                    |c: &Condition| matches!(c, Condition::Slots(all) if slots::contain(all, command.slot));
+                return self.conditions.iter().all(is_met);
+            }
+        };
         self.conditions.iter().all(|c| match c {
             Condition::Prefix(p) => path.starts_with(p.as_str()),
             Condition::Exact(p) => path == p,
@@ -68,6 +87,7 @@ impl Rule {
                 Some(value) => head.header(name).any(|v| v == value.as_bytes()),
                 None => head.header(name).next().is_some(),
             },
+            Condition::Slots(_) => false,
         })
     }
 }
