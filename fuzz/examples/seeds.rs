@@ -7,7 +7,7 @@ use std::path::Path;
 
 use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window};
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, encode_local, encode_peer};
-use xo_proto::ipc::{self, Deliver, FromDaemon, Offload, ToDaemon};
+use xo_proto::ipc::{self, Deliver, Destination, FromDaemon, Offload, ToDaemon};
 use xo_proto::reason::Reason;
 use xo_proto::wire::{
     BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Ping, Query, Refuse, TargetReady, VERSION,
@@ -30,12 +30,29 @@ const RESPONSES: [&str; 5] = [
     "HTTP/1.1 101 Switching Protocols\r\n\r\n\x01",
 ];
 
-const POLICIES: [&str; 3] = [
+const COMMANDS: [&str; 5] = [
+    "*3\r\n$3\r\nSET\r\n$1\r\na\r\n$5\r\nhello\r\n*2\r\n$3\r\nGET\r\n$1\r\nb\r\nPING\r\n*0\r\n*-1\r\n\r\n",
+    "*5\r\n$4\r\nMSET\r\n$4\r\n{a}b\r\n$1\r\n1\r\n$4\r\n{a}c\r\n$1\r\n2\r\n*3\r\n$3\r\nDEL\r\n$1\r\na\r\n$1\r\nb\r\n",
+    "*1\r\n$5\r\nMULTI\r\n*2\r\n$4\r\nINCR\r\n$1\r\na\r\n*1\r\n$4\r\nEXEC\r\n*2\r\n$6\r\nSELECT\r\n$1\r\n1\r\n",
+    "*3\r\n$5\r\nBLPOP\r\n$1\r\na\r\n$1\r\n0\r\n*4\r\n$4\r\nEVAL\r\n$1\r\nx\r\n$1\r\n1\r\n$1\r\na\r\n",
+    "*4\r\n$5\r\nXREAD\r\n$7\r\nSTREAMS\r\n$1\r\na\r\n$1\r\n0\r\nget a\n*2\r\n$9\r\nSUBSCRIBE\r\n$1\r\na\r\n",
+];
+
+const REPLIES: [&str; 4] = [
+    "+OK\r\n$5\r\nhello\r\n:1\r\n-ERR x\r\n",
+    "*3\r\n$1\r\na\r\n$-1\r\n*2\r\n:1\r\n*-1\r\n>2\r\n+message\r\n$1\r\nx\r\n_\r\n",
+    "|1\r\n+ttl\r\n:3\r\n%2\r\n+a\r\n,1.5\r\n+b\r\n#t\r\n~1\r\n(12345678901234567890\r\n",
+    "=7\r\ntxt:abc\r\n!5\r\nERR x\r\n$0\r\n\r\n*0\r\n",
+];
+
+const POLICIES: [&str; 4] = [
     "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
      balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
      header = { name = \"x\", value = \"y\" }\nto = [\"t1\"]\n[[rule]]\npath_regex = \"^/v[0-9]+\"\npath_exact = \"/a\"\nto = [\"t1\"]\n",
     "\080, 8080\0t1=10.3.0.2:7400,t2=[fd00::2]:7400\0/img/ => t1,t2 @web; host=a.example method=GET|HEAD =/x => t2; ~^/v.* => local",
     "listen = [80]\0\0t1=10.3.0.2:7400\0/ => t3",
+    "listen = [80, { port = 6379, protocol = \"redis\" }]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\n\
+     slots = [\"0-5460\", \"7000\"]\nto = [\"t1\"]\n\06379/redis\0t1=10.3.0.2:7400\0slots=0-5460|7000 => t1",
 ];
 
 /// Each byte is something that happens; see the target.
@@ -81,14 +98,16 @@ fn peer_messages() -> Vec<PeerMessage> {
     };
     vec![
         PeerMessage::Hello(hello),
-        PeerMessage::BeginOffload(BeginOffload {
+        PeerMessage::BeginOffload(Box::new(BeginOffload {
             id: 1,
             handler: "web".into(),
             record,
             elapsed_ns: 2,
             start: true,
             sent_ns: 3,
-        }),
+            home: None,
+            moves: 1,
+        })),
         PeerMessage::TargetReady(TargetReady {
             id: 1,
             local,
@@ -112,9 +131,9 @@ fn local_messages() -> Vec<Vec<u8>> {
     let offload = Offload {
         slot: 1,
         generation: 2,
-        target: "t1".into(),
-        address: client,
+        to: Destination::Target { node: "t1".into(), address: client },
         handler: "web".into(),
+        moves: 1,
         decided_ns: 3,
     };
     let to_daemon = [
@@ -128,7 +147,7 @@ fn local_messages() -> Vec<Vec<u8>> {
     let from_daemon = [
         FromDaemon::Welcome { version: 1, node: "host".into(), ticket: [7; 16] },
         FromDaemon::Denied { detail: "no".into() },
-        FromDaemon::Deliver(Deliver { delivery: 1, client }),
+        FromDaemon::Deliver(Deliver { delivery: 1, client, guest: true, moves: 2 }),
         FromDaemon::Nothing,
     ];
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
@@ -178,6 +197,8 @@ fn main() {
     let all = [
         ("http_request", with(&[4, 30, 255, 0, 2, 255, 9, 60, 0b1101_1000], &REQUESTS)),
         ("http_response", with(&[1, 0, 4, 30, 255, 2, 0], &RESPONSES)),
+        ("resp_request", with(&[4, 30, 255, 0, 2, 255, 9, 60], &COMMANDS)),
+        ("resp_reply", with(&[3, 4, 30, 255, 2], &REPLIES)),
         ("wire", wire()),
         ("policy", with(&[], &POLICIES)),
         ("packet", packets()),

@@ -101,6 +101,55 @@ fn slots_are_those_that_redis_cluster_says() {
     });
 }
 
+/// For each command of this server: are the keys that it says those that are found?
+#[test]
+fn keys_are_those_that_redis_says() {
+    let bed = Bed::up(1, 1);
+    let _server = bed.redis_with("host", Command::new("redis-server"));
+    let own = address("host");
+    let said =
+        bed.on("client", move || Redis::to(&own).expect("connect").call(&["COMMAND"]).expect("commands"));
+    let Reply::Array(commands) = said else { panic!("{said:?}") };
+    let mut compared = 0;
+    for about in &commands {
+        let Reply::Array(about) = about else { panic!("{about:?}") };
+        let [
+            Reply::Bulk(name),
+            _,
+            Reply::Array(flags),
+            Reply::Integer(first),
+            Reply::Integer(last),
+            Reply::Integer(step),
+            ..,
+        ] = &about[..]
+        else {
+            panic!("{about:?}")
+        };
+        let name = String::from_utf8_lossy(name).into_owned();
+        let is = |flag: &str| flags.contains(&Reply::Status(flag.into()));
+        // Keys that depend on other arguments, or on the subcommand.
+        if is("movablekeys") || *first == 0 {
+            continue;
+        }
+        const ARGUMENTS: i64 = 7;
+        let last = if *last < 0 { ARGUMENTS + last } else { *last };
+        let keys: Vec<_> = (*first..=last).step_by((*step).max(1) as usize).collect();
+        let argument = |i: i64| if keys.contains(&i) { "{a}".to_owned() } else { format!("{{b}}{i}") };
+        let mut arguments = vec![name.clone()];
+        arguments.extend((1..ARGUMENTS).map(argument));
+        let mut seen = None;
+        let see = |c: &xo_proto::resp::Command| {
+            seen = Some((c.slot, c.stays));
+            false
+        };
+        let looked = xo_proto::resp::Requests::default().look(&command(&arguments), false, see, |_| ());
+        assert_eq!(seen, Some((Some(key_slot(b"a")), None)), "{name}: {looked:?}");
+        compared += 1;
+    }
+    println!("{compared} of {} commands compared", commands.len());
+    assert!(compared > 130);
+}
+
 #[test]
 fn one_connection_reaches_the_keys_of_all_servers() {
     const KEYS: usize = 1000;

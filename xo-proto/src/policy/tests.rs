@@ -1,6 +1,8 @@
 use super::matching::normalised;
 use super::*;
 use crate::http::{Head, RequestHead, parse_head};
+use crate::protocol::Protocol;
+use crate::resp::{Command, Requests};
 
 const FILE: &str = r#"
 listen = [80, 443]
@@ -63,6 +65,112 @@ fn the_first_matching_rule_decides() {
     assert_eq!(names(&p, "host", &gold.replace("gold", "Gold")), None);
     assert_eq!(names(&p, "host", &gold.replace("A.example.ORG", "example.org")), None);
     assert_eq!(names(&p, "host", "GET /v12/obj/3 HTTP/1.1"), Some((3, vec!["t1".into()], "default".into())));
+}
+
+const SLOTS: &str = r#"
+listen = [80, { port = 6379, protocol = "redis" }]
+
+[targets]
+t1 = "10.3.0.2:7400"
+t2 = "10.4.0.2:7400"
+
+[[rule]]
+slots = ["0-5460", "7000"]
+to = ["t1"]
+handler = "redis"
+
+[[rule]]
+path_prefix = "/img/"
+to = ["t1"]
+
+[[rule]]
+slots = ["10000-16383"]
+to = ["local"]
+
+[[rule]]
+slots = ["5461-9999"]
+to = ["t2"]
+"#;
+
+/// Where a `GET` of this key goes, seen from a node: a target's name, `local`, `here`, or nothing.
+fn place(policy: &Policy, node: &str, key: &str) -> Option<String> {
+    let mut found = None;
+    let look = |c: &Command| {
+        found = match policy.decide(c, node) {
+            Decision::Unmatched => None,
+            Decision::Local => Some("local".into()),
+            Decision::Here => Some("here".into()),
+            Decision::To { targets, .. } => Some(targets[0].name.clone()),
+        };
+        false
+    };
+    let bytes = if key.is_empty() { "PING\r\n".into() } else { format!("GET {key}\r\n") };
+    let _ = Requests::default().look(bytes.as_bytes(), false, look, |_| ());
+    found
+}
+
+#[test]
+fn slots_decide_about_redis_and_paths_about_http() {
+    let p = Policy::parse(SLOTS).expect("a policy");
+    assert_eq!(p.listen, [80, 6379]);
+    assert_eq!(
+        (p.protocol(80), p.protocol(6379), p.protocol(1)),
+        (Protocol::Http, Protocol::Redis, Protocol::Http)
+    );
+    // Slots 5061, 12182 and 8363.
+    for (key, node, expected) in [
+        ("bar", "host", Some("t1")),
+        ("bar", "t1", Some("here")),
+        ("foo", "host", Some("local")),
+        ("foo{}{bar}", "t1", Some("t2")),
+        ("", "host", None),
+    ] {
+        assert_eq!(place(&p, node, key).as_deref(), expected, "{key} on {node}");
+    }
+    assert_eq!(names(&p, "host", "GET /img/x HTTP/1.1").map(|d| d.0), Some(1));
+    assert_eq!(names(&p, "host", "GET /bar HTTP/1.1"), None);
+    let rules = "slots=0-5460|7000 => t1 @redis; slots=10000-16383 => local; slots=5461-9999 => t2";
+    let line =
+        Policy::load(None, Some("80,6379/redis"), Some("t1=10.3.0.2:7400,t2=10.4.0.2:7400"), Some(rules));
+    let line = line.expect("valid").expect("given");
+    assert_eq!((line.protocol(6379), line.protocol(80)), (Protocol::Redis, Protocol::Http));
+    for key in ["bar", "foo", "foo{}{bar}", ""] {
+        assert_eq!(place(&line, "host", key), place(&p, "host", key), "{key}");
+    }
+}
+
+#[test]
+fn errors_about_slots_and_protocols_say_where() {
+    for (from, to, line, column, part) in [
+        ("\"redis\" }", "\"rediss\" }", 2, 38, "unknown protocol `rediss`; did you mean `redis`?"),
+        ("port = 6379, ", "", 2, 15, "missing field `port`"),
+        ("port = 6379", "port = 80", 2, 15, "stands twice"),
+        ("6379,", "6379, tls = 1,", 2, 30, "unknown field `tls`"),
+        ("\"7000\"", "\"16384\"", 9, 20, "`16384` is not a slot (0 to 16383)"),
+        ("0-5460", "5460-0", 9, 10, "`5460-0` ends before it begins"),
+        ("\"0-5460\", \"7000\"", "", 9, 9, "names no slot"),
+        ("\"0-5460\"", "5460", 9, 10, "invalid type"),
+    ] {
+        let e = Policy::parse(&SLOTS.replacen(from, to, 1)).expect_err(to);
+        assert!(e.message.contains(part), "{e}");
+        assert_eq!((e.line, e.column), (line, column), "{to}: {e}");
+    }
+    let targets = Some("t1=10.3.0.2:7400");
+    for (listen, rules, column, part) in [
+        (
+            "80, 6379/rediss",
+            "slots=0 => t1",
+            5,
+            "XO_LISTEN: unknown protocol `rediss`; did you mean `redis`?",
+        ),
+        ("x/redis", "slots=0 => t1", 1, "XO_LISTEN: `x/redis` is not a port"),
+        ("6379/redis", "slots=0-16384 => t1", 1, "XO_RULES: `16384` is not a slot"),
+        ("6379/redis", "slots= => t1", 1, "XO_RULES: `` is not a slot"),
+    ] {
+        let e = Policy::load(None, Some(listen), targets, Some(rules)).expect_err(part);
+        assert_eq!((e.line, e.column), (1, column), "{e}");
+        assert!(e.message.starts_with(part), "{e}");
+    }
 }
 
 #[test]

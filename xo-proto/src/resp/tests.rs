@@ -41,10 +41,25 @@ fn slot_and_reason(text: &str) -> (Option<u16>, Option<Reason>) {
 fn keys_are_found() {
     let (a, b) = ("{a}", "{b}");
     for text in [
-        "GET A", "set A B", "MSET A B A B", "DEL A A A", "BITOP AND A A", "OBJECT ENCODING A", "XINFO STREAM A B",
-        "SINTERCARD 2 A A LIMIT B", "ZUNIONSTORE A 2 A A WEIGHTS B", "BLPOP A A B", "BLMPOP B 2 A A LEFT",
-        "XREAD COUNT B STREAMS A A B B", "XREADGROUP GROUP B B streams A B", "SORT A BY B STORE A", "SORT A STORE A",
-        "GEORADIUS A B B B B STOREDIST A", "COPY A A DB B", "PFCOUNT A", "WATCH A A",
+        "GET A",
+        "set A B",
+        "MSET A B A B",
+        "DEL A A A",
+        "BITOP AND A A",
+        "OBJECT ENCODING A",
+        "XINFO STREAM A B",
+        "SINTERCARD 2 A A LIMIT B",
+        "ZUNIONSTORE A 2 A A WEIGHTS B",
+        "BLPOP A A B",
+        "BLMPOP B 2 A A LEFT",
+        "XREAD COUNT B STREAMS A A B B",
+        "XREADGROUP GROUP B B streams A B",
+        "SORT A BY B STORE A",
+        "SORT A STORE A",
+        "GEORADIUS A B B B B STOREDIST A",
+        "COPY A A DB B",
+        "PFCOUNT A",
+        "WATCH A A",
     ] {
         let text = text.split(' ').map(|w| match w {
             "A" => a,
@@ -54,7 +69,9 @@ fn keys_are_found() {
         let text = text.collect::<Vec<_>>().join(" ");
         assert_eq!(slot_and_reason(&text), (Some(key_slot(b"a")), None), "{text}");
     }
-    for text in ["PING", "INFO", "SCAN 0", "OBJECT HELP", "ZUNION x a", "SINTERCARD 0", "CLIENT SETINFO LIB-NAME x"] {
+    for text in
+        ["PING", "INFO", "SCAN 0", "OBJECT HELP", "ZUNION x a", "SINTERCARD 0", "CLIENT SETINFO LIB-NAME x"]
+    {
         assert_eq!(slot_and_reason(text), (None, None), "{text}");
     }
     for text in ["MGET a b", "MSET a 1 b 2", "ZUNIONSTORE a 1 b", "SORT a STORE b", "XREAD STREAMS a b 0 0"] {
@@ -91,7 +108,16 @@ fn what_holds_a_connection() {
     ] {
         assert!(!away(look(before, "GET b")), "{before:?}");
     }
-    for text in ["AUTH x", "HELLO 3", "HELLO 2 SETNAME x", "CLIENT SETNAME x", "CLIENT", "SUBSCRIBE a", "MONITOR", "PSYNC ? -1"] {
+    for text in [
+        "AUTH x",
+        "HELLO 3",
+        "HELLO 2 SETNAME x",
+        "CLIENT SETNAME x",
+        "CLIENT",
+        "SUBSCRIBE a",
+        "MONITOR",
+        "PSYNC ? -1",
+    ] {
         assert_eq!(look(&[], text), Look::Leave(Reason::SessionState), "{text}");
     }
     assert_eq!(look(&[], "NO.SUCH a"), Look::Leave(Reason::UnknownCommand));

@@ -30,7 +30,8 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
 /// A command that keeps nothing, as an array, a line, or nothing at all; whether it is answered.
 fn command() -> impl Strategy<Value = (Vec<u8>, bool)> {
     let key = vec(any::<u8>(), 0..20);
-    let name = select(vec!["GET", "SET", "hset", "APPEND", "LPUSH", "setrange", "PING", "XADD", "EVAL", "Object"]);
+    let name =
+        select(vec!["GET", "SET", "hset", "APPEND", "LPUSH", "setrange", "PING", "XADD", "EVAL", "Object"]);
     prop_oneof![
         8 => (name, key, vec(data(), 0..6)).prop_map(|(name, key, rest)| {
             let head = format!("*{}\r\n", rest.len() + 2);

@@ -26,7 +26,12 @@ pub(super) struct Reading {
 
 /// Reads a stream that comes in pieces of these sizes into buffers of these sizes, each used in turn. What is `away` is
 /// read as well, as if by the server elsewhere.
-pub(super) fn read(stream: &[u8], arrivals: &[usize], wants: &[usize], away: impl Fn(&Command) -> bool) -> Reading {
+pub(super) fn read(
+    stream: &[u8],
+    arrivals: &[usize],
+    wants: &[usize],
+    away: impl Fn(&Command) -> bool,
+) -> Reading {
     let mut reading = Reading::default();
     let (mut requests, mut stays) = (Requests::default(), false);
     let (mut arrived, mut arrival, mut turn) = (0, 0, 0);
