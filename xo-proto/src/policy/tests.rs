@@ -142,7 +142,7 @@ fn slots_decide_about_redis_and_paths_about_http() {
 #[test]
 fn errors_about_slots_and_protocols_say_where() {
     for (from, to, line, column, part) in [
-        ("\"redis\" }", "\"rediss\" }", 2, 38, "unknown protocol `rediss`; did you mean `redis`?"),
+        ("\"redis\" }", "\"rediss\" }", 2, 41, "unknown protocol `rediss`; did you mean `redis`?"),
         ("port = 6379, ", "", 2, 15, "missing field `port`"),
         ("port = 6379", "port = 80", 2, 15, "stands twice"),
         ("6379,", "6379, tls = 1,", 2, 30, "unknown field `tls`"),
