@@ -3,7 +3,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use xo_proto::resp::key_slot;
+use xo_proto::reason::Reason;
+use xo_proto::resp::{Command as Seen, Look, Requests, key_slot};
 use xo_tests::Bed;
 use xo_tests::counters::Counters;
 use xo_tests::program::wait_for;
@@ -138,11 +139,14 @@ fn keys_are_those_that_redis_says() {
         let mut arguments = vec![name.clone()];
         arguments.extend((1..ARGUMENTS).map(argument));
         let mut seen = None;
-        let see = |c: &xo_proto::resp::Command| {
+        let see = |c: &Seen| {
             seen = Some((c.slot, c.stays));
             false
         };
-        let looked = xo_proto::resp::Requests::default().look(&command(&arguments), false, see, |_| ());
+        let looked = Requests::default().look(&command(&arguments), false, see, |_| ());
+        if looked == Look::Leave(Reason::SessionState) {
+            continue;
+        }
         assert_eq!(seen, Some((Some(key_slot(b"a")), None)), "{name}: {looked:?}");
         compared += 1;
     }
@@ -232,9 +236,13 @@ fn pipelines_over_all_slots_are_answered_in_order() {
             bed.spawn("client", move || pipelines(&host, number, 5, pieces))
         })
         .collect();
-    for client in clients {
-        client.join().expect("no panic").unwrap_or_else(|e| panic!("{e}"));
+    let results: Vec<_> = clients.into_iter().map(|c| c.join().expect("no panic")).collect();
+    for node in bed.servers() {
+        // A hand-off that is refused leaves a command where its key is not.
+        let status = bed.try_status(&node).expect("a status");
+        println!("{node}: refused {}, library {}", status["refused_by_reason"], status["library"]);
     }
+    results.into_iter().for_each(|r| r.unwrap_or_else(|e| panic!("{e}")));
     assert_no_trouble(&bed, &before);
     println!("{} moves", moves(&bed));
     assert_slots(&bed, 6 * (250 + 8));

@@ -69,7 +69,13 @@ fn header(bytes: &[u8], sign: u8) -> Header {
     if *first != sign {
         return Header::Bad;
     }
-    let digits = rest.iter().take(MAX_DIGITS + 1).take_while(|b| b.is_ascii_digit()).count();
+    let (mut digits, mut number) = (0, 0_u64);
+    while let Some(digit) = rest.get(digits).map(|b| b.wrapping_sub(b'0')).filter(|d| *d < 10)
+        && digits <= MAX_DIGITS
+    {
+        number = number * 10 + u64::from(digit);
+        digits += 1;
+    }
     let leads_with_zero = digits > 1 && rest.first() == Some(&b'0');
     if digits > MAX_DIGITS || leads_with_zero {
         return Header::Bad;
@@ -78,10 +84,7 @@ fn header(bytes: &[u8], sign: u8) -> Header {
         (None, _) => Header::Partial,
         (Some(b'\r'), _) if digits == 0 => Header::Bad,
         (Some(b'\r'), None) => Header::Partial,
-        (Some(b'\r'), Some(b'\n')) => {
-            let number = rest.iter().take(digits).fold(0, |n, b| n * 10 + u64::from(b - b'0'));
-            Header::Number(number, digits + 3)
-        }
+        (Some(b'\r'), Some(b'\n')) => Header::Number(number, digits + 3),
         _ => Header::Bad,
     }
 }

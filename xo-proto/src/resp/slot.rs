@@ -3,9 +3,9 @@
 /// Number of slots.
 pub const SLOTS: u16 = 16_384;
 
-/// CRC-16/XMODEM, a byte at a time.
-const TABLE: [u16; 256] = {
-    let mut table = [0; 256];
+/// CRC-16/XMODEM of a byte with 0, 1, 2 or 3 zero bytes after it: four bytes are taken at a time.
+static TABLES: [[u16; 256]; 4] = {
+    let mut tables = [[0; 256]; 4];
     let mut byte = 0;
     while byte < 256 {
         let mut crc = (byte as u16) << 8;
@@ -14,14 +14,30 @@ const TABLE: [u16; 256] = {
             crc = if crc & 0x8000 != 0 { crc << 1 ^ 0x1021 } else { crc << 1 };
             bit += 1;
         }
-        table[byte] = crc;
+        tables[0][byte] = crc;
         byte += 1;
     }
-    table
+    let mut zeros = 1;
+    while zeros < 4 {
+        byte = 0;
+        while byte < 256 {
+            let before: u16 = tables[zeros - 1][byte];
+            tables[zeros][byte] = before << 8 ^ tables[0][(before >> 8) as usize];
+            byte += 1;
+        }
+        zeros += 1;
+    }
+    tables
 };
 
 fn crc16(bytes: &[u8]) -> u16 {
-    bytes.iter().fold(0, |crc, b| crc << 8 ^ TABLE[usize::from((crc >> 8) as u8 ^ b)])
+    let [t0, t1, t2, t3] = &TABLES;
+    let (fours, rest) = bytes.as_chunks::<4>();
+    let crc = fours.iter().fold(0_u16, |crc, &[a, b, c, d]| {
+        let [high, low] = crc.to_be_bytes();
+        t3[usize::from(high ^ a)] ^ t2[usize::from(low ^ b)] ^ t1[usize::from(c)] ^ t0[usize::from(d)]
+    });
+    rest.iter().fold(crc, |crc, b| crc << 8 ^ t0[usize::from((crc >> 8) as u8 ^ b)])
 }
 
 /// The slot of a key. If there is something between the first `{` and the next `}`, only that counts.
