@@ -90,7 +90,9 @@ impl Engine {
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
         let served_key: ServedKey = (Rc::from(from.as_str()), entry.flow_id);
         let origin = Origin::recovered(&home, entry.home_id, entry.hop, false);
-        let has_left = self.steer.flow(&key).is_some_and(|e| e.action == Action::Redirect as u32);
+        // It may not have been noted yet.
+        let redirected = |e: FlowEntry| e.action == Action::Redirect as u32;
+        let has_left = entry.left != 0 || self.steer.flow(&key).is_some_and(redirected);
         // A look-up that fails says nothing: the connection is watched like one that is there.
         if !has_left && matches!(self.diag.state(local, client), Ok(None)) {
             // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
@@ -102,7 +104,12 @@ impl Engine {
             return;
         }
         let public = steer::address(entry.from_addr, entry.from_port);
-        let mut served = Served::new(Target::recovered(), origin, &handler, client, public);
+        let machine = if has_left {
+            Target::recovered_left(self.steer.flow(&key).is_some())
+        } else {
+            Target::recovered()
+        };
+        let mut served = Served::new(machine, origin, &handler, client, public);
         served.local = local;
         served.entrance = local;
         served.entry = Some(Entry::Rewrite(key));
@@ -110,7 +117,8 @@ impl Engine {
         served.shortcut.on(ShortcutEvent::Confirmed);
         served.watch();
         self.by_flow.insert(key, served_key.clone());
-        self.insert_served(served_key, served);
+        self.insert_served(served_key.clone(), served);
+        self.forget_served(&served_key);
     }
 
     /// The end of the detour of a connection that has come home, or that was about to.
@@ -125,7 +133,8 @@ impl Engine {
         let public = steer::address(entry.to_addr, entry.to_port);
         let served_key: ServedKey = (Rc::from(from.name.as_str()), entry.flow_id);
         let its = |f: &&HostFlow| f.client == client && f.local == public && f.is_away();
-        let away = self.hosted.iter().find(|(_, f)| its(f)).map(|(id, f)| (*id, f.hop));
+        let waits = entry.hop != 0;
+        let away = self.hosted.iter().find(|(_, f)| waits && its(f)).map(|(id, f)| (*id, f.hop));
         if away.is_some() && matches!(self.diag.state(public, client), Ok(None)) {
             return self.gone.push((served_key, Entry::Deliver(key), entry.flow_id));
         }

@@ -158,7 +158,11 @@ impl Engine {
         let id = message.id;
         let Some(node) = self.node_of(index) else { return };
         let key = (node, id);
-        if let Some(served) = self.served.get_mut(&key) {
+        let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
+        if moved_on || self.at_home.contains_key(&key) {
+            // It has been here, or is, by a way that the sender need not know.
+            self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
+        } else if let Some(served) = self.served.get_mut(&key) {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
             let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
@@ -305,7 +309,18 @@ impl Engine {
                 self.send_closed(key);
                 self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
             }
-            TargetAction::RemoveRewrite => self.remove_entry(key),
+            TargetAction::RemoveRewrite => {
+                if !self.served.get(key).is_some_and(|s| s.shortcut.is_open()) {
+                    self.remove_entry(key);
+                }
+            }
+            TargetAction::NoteLeft => {
+                if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
+                    && let Err(e) = self.steer.note_left(&flow, key.1)
+                {
+                    log::error!("noting that a connection of {} has left: {e}", key.0);
+                }
+            }
         }
         None
     }

@@ -119,8 +119,6 @@ pub enum HostAction {
 pub enum GuestEvent {
     /// Its socket is gone from here.
     Left,
-    /// Its next target has it for sure.
-    Passed,
     /// Its packets do not come here any more.
     Released,
     /// Its next target has lost it, or has seen its end before anybody else got to know.
@@ -233,14 +231,12 @@ impl Host {
             (S::Redirected, E::RedirectFailed) => {
                 then(S::Done, &[A::SendAbort, A::Vacate, A::Reset, A::Guest(G::Left), A::Guest(G::Lost)])
             }
-            (S::Redirected, E::Handed) => then(S::Offloaded, &[A::Guest(G::Passed)]),
+            (S::Redirected, E::Handed) => S::Offloaded,
             // HOST_READY may be lost with the channel; the target answers a repeated one.
             (S::Redirected, E::PeerBack) => then(S::Redirected, &[A::SendHostReady]),
             (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset, A::Guest(G::Lost)]),
             // Packets that the home had sent here before it redirected them may still be under way.
-            (S::Redirected | S::Offloaded, E::Closed) if guest => {
-                then(S::Released, &[A::Guest(G::Passed), A::ArmLinger])
-            }
+            (S::Redirected | S::Offloaded, E::Closed) if guest => then(S::Released, &[A::ArmLinger]),
             (S::Released, E::LingerOver) => {
                 then(S::Done, &[A::RemoveRedirect, A::SendClosedAck, A::Guest(G::Released)])
             }

@@ -81,8 +81,10 @@ pub enum TargetAction {
     Withdraw,
     /// Send `CLOSED` and arm the time limit.
     SendClosed,
-    /// Remove the source rewrite.
+    /// Remove the source rewrite, when nobody is to be told anything any more.
     RemoveRewrite,
+    /// Note for the next daemon that the connection has left.
+    NoteLeft,
 }
 
 /// One hand-off on the target.
@@ -103,6 +105,13 @@ impl Target {
     #[must_use]
     pub fn recovered() -> Target {
         Target { state: TargetState::Served, early: false }
+    }
+
+    /// One that had moved on from here in those days; `on_its_way`: its packets still came here.
+    #[must_use]
+    pub fn recovered_left(on_its_way: bool) -> Target {
+        let state = if on_its_way { TargetState::Left } else { TargetState::Done };
+        Target { state, early: false }
     }
 
     /// Where the hand-off stands.
@@ -151,10 +160,9 @@ impl Target {
             (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
             (S::Served, E::Home) => then(S::Done, &[A::RemoveRewrite]),
 
-            (S::Served, E::Guest(G::Left)) => S::Left,
+            (S::Served, E::Guest(G::Left)) => then(S::Left, &[A::NoteLeft]),
             // Until then a reset would have to be sent from here.
-            (S::Left, E::Guest(G::Passed)) => then(S::Left, &[A::RemoveRewrite]),
-            (S::Left, E::Guest(G::Released)) => S::Done,
+            (S::Left, E::Guest(G::Released)) => then(S::Done, &[A::RemoveRewrite]),
             (S::Left, E::Guest(G::Lost)) => then(S::Closing, &[A::SendClosed]),
             // Whoever still asks was answered once, and the answer lost.
             (S::Left, E::HostReady) => then(S::Left, &[A::SendHanded]),
