@@ -1,5 +1,6 @@
 //! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -374,7 +375,8 @@ impl Engine {
                 };
                 if let Err(e) = self.attach(key, port, acceptor, client, passed) {
                     log::warn!("handing the connection of {client} over: {e}");
-                    return Some(Err(Reason::NoHandler));
+                    let full = e.kind() == ErrorKind::StorageFull;
+                    return Some(Err(if full { Reason::TableFull } else { Reason::NoHandler }));
                 }
                 let socket = match live(restored) {
                     Ok(socket) => socket,
