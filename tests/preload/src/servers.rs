@@ -1,7 +1,7 @@
 //! nginx and xo-peerd as the tests run them.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -178,8 +178,16 @@ impl Bed {
     ///
     /// # Panics
     /// When it does not listen.
-    pub fn nginx_with(&self, node: &str, mut command: Command) -> Program {
+    pub fn nginx_with(&self, node: &str, command: Command) -> Program {
         let config = self.nginx_config(node, 2);
+        self.nginx_configured(node, command, &config)
+    }
+
+    /// Starts nginx by this command, with this configuration.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    pub fn nginx_configured(&self, node: &str, mut command: Command, config: &Path) -> Program {
         command.args(["-e", "stderr", "-c"]).arg(config);
         let mut program = self.start(node, &format!("{node}-nginx"), &mut command);
         self.wait_listening(node, 80, &mut program);
