@@ -15,6 +15,7 @@ use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer};
+use crate::exec::Reserve;
 use crate::steer::{SteerError, flow_key};
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
@@ -38,6 +39,8 @@ pub(crate) struct Served {
     /// Name of the handler.
     pub(crate) handler: String,
     mode: Option<HandlerMode>,
+    /// What starting its process takes, for mode `exec`.
+    pub(crate) reserve: Option<Reserve>,
     acceptor: Option<usize>,
     /// The client.
     pub(crate) client: SocketAddr,
@@ -72,6 +75,7 @@ impl Served {
             answers: 0,
             handler: handler.to_owned(),
             mode: None,
+            reserve: None,
             acceptor: None,
             client,
             local: host,
@@ -302,6 +306,10 @@ impl Engine {
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener.is_ipv6(), Some(number))
             }
             HandlerMode::Exec { .. } => {
+                served.reserve = Some(Reserve::take().map_err(|e| {
+                    served.refusal = format!("starting a process: {e}");
+                    Reason::TargetUnwilling
+                })?);
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let ip = specific(any, begin.record.client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, begin.record.local.port())), false, None)
