@@ -118,8 +118,16 @@ impl Bed {
     /// # Panics
     /// When some stay.
     pub fn wait_idle(&self, nodes: &[&str]) {
+        self.wait_idle_for(Duration::from_secs(20), nodes);
+    }
+
+    /// As [`Bed::wait_idle`], for connections that may take so long to end.
+    ///
+    /// # Panics
+    /// When some stay.
+    pub fn wait_idle_for(&self, limit: Duration, nodes: &[&str]) {
         for node in nodes {
-            let idle = wait_for(Duration::from_secs(20), || {
+            let idle = wait_for(limit, || {
                 let zero = |pointer| self.status(node, pointer) == 0;
                 zero("/flows_hosted") && zero("/flows_served") && zero("/steering/flow_entries")
             });
