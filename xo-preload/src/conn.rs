@@ -212,8 +212,11 @@ impl Conn {
                 self.given_by.load(Ordering::Relaxed),
             );
         }
-        // A verdict that is still to come finds the slot cleared and is ignored.
-        daemon::clear_slot(index);
+        // A verdict that is still to come finds the slot cleared and is ignored. In a child that has no channel of its
+        // own the slot is the parent's, who may be waiting for it.
+        if daemon::is_ours() {
+            daemon::clear_slot(index);
+        }
         self.kind.store(Kind::Free as u8, Ordering::Release);
         if let Some(mut tracker) = self.write() {
             *tracker = ResponseTracker::default();

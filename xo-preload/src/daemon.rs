@@ -307,8 +307,11 @@ pub(crate) fn wait_slot(slot: u32, timeout: Duration) -> u32 {
         if state != PENDING || raw::monotonic() >= end {
             return state;
         }
-        check();
-        open();
+        // A child waits for what its parent has asked in the parent's table, and would lose it with a channel of its own.
+        if is_ours() {
+            check();
+            open();
+        }
     }
 }
 
