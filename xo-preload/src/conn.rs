@@ -152,6 +152,10 @@ pub(crate) fn share(old: i32, new: i32) {
     if let fdtable::Entry::Connection(index) = entry
         && let Some(conn) = get(index)
     {
+        if !fdtable::has_room_for(new) {
+            // What is done by that number is seen by nobody.
+            return conn.abandon(Reason::Shared);
+        }
         conn.descriptors.fetch_add(1, Ordering::Relaxed);
     }
     fdtable::set(new, entry);
