@@ -264,16 +264,20 @@ static void accept_threads(void)
 	pthread_join(threads[0], NULL);
 }
 
+static void put_rights(struct cmsghdr *header, const int *fds, int count)
+{
+	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(count * sizeof *fds), .cmsg_level = SOL_SOCKET,
+				    .cmsg_type = SCM_RIGHTS };
+	memcpy(CMSG_DATA(header), fds, count * sizeof *fds);
+}
+
 static void send_fds(int channel, const int *fds, int count)
 {
 	char byte = 'x', control[CMSG_SPACE(8 * sizeof *fds)] = { 0 };
 	struct iovec piece = { &byte, 1 };
 	struct msghdr message = { .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
 				  .msg_controllen = CMSG_SPACE(count * sizeof *fds) };
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(count * sizeof *fds), .cmsg_level = SOL_SOCKET,
-				    .cmsg_type = SCM_RIGHTS };
-	memcpy(CMSG_DATA(header), fds, count * sizeof *fds);
+	put_rights(CMSG_FIRSTHDR(&message), fds, count);
 	say("sendmsg %s", result(sendmsg(channel, &message, 0)));
 }
 
@@ -348,9 +352,7 @@ static void in_second_part(int channel, int fd)
 	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof self), .cmsg_level = SOL_SOCKET,
 				    .cmsg_type = SCM_CREDENTIALS };
 	memcpy(CMSG_DATA(header), &self, sizeof self);
-	header = CMSG_NXTHDR(&message, header);
-	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
-	memcpy(CMSG_DATA(header), &fd, sizeof fd);
+	put_rights(CMSG_NXTHDR(&message, header), &fd, 1);
 	say("sendmsg %s", result(sendmsg(channel, &message, 0)));
 }
 
@@ -362,9 +364,7 @@ static void many(int channel, int fd)
 	struct mmsghdr messages[2] = { { .msg_hdr = { .msg_iov = &piece, .msg_iovlen = 1 } },
 				       { .msg_hdr = { .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
 						      .msg_controllen = sizeof control } } };
-	struct cmsghdr *header = CMSG_FIRSTHDR(&messages[1].msg_hdr);
-	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
-	memcpy(CMSG_DATA(header), &fd, sizeof fd);
+	put_rights(CMSG_FIRSTHDR(&messages[1].msg_hdr), &fd, 1);
 	say("sendmmsg %s", result(sendmmsg(channel, messages, 2, 0)));
 }
 
