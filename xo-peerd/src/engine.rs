@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use log::Level;
 use mio::event::Event;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
@@ -132,6 +133,8 @@ pub(crate) struct Engine {
     /// Counters of processes that are gone.
     pub(crate) past_counters: [u64; COUNTERS],
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    /// Connections wait that could not be accepted: no descriptor was left. Nothing tells when there is one.
+    accept_again: bool,
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
@@ -213,6 +216,7 @@ impl Engine {
             embedded: parts.embedded,
             past_counters: [0; COUNTERS],
             timers: BinaryHeap::from([Reverse((now + TICK, Timer::Tick))]),
+            accept_again: false,
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
@@ -265,8 +269,8 @@ impl Engine {
 
     fn dispatch(&mut self, event: &Event) {
         match event.token() {
-            IPC_LISTENER => self.accept_libraries(),
-            PEER_LISTENER => self.accept_peers(),
+            IPC_LISTENER => self.accept_libraries(Level::Error),
+            PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
             Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
@@ -317,6 +321,10 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        if std::mem::take(&mut self.accept_again) {
+            self.accept_libraries(Level::Debug);
+            self.accept_peers(Level::Debug);
+        }
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
@@ -340,7 +348,7 @@ impl Engine {
         self.at(now + TICK, Timer::Tick);
     }
 
-    fn accept_libraries(&mut self) {
+    fn accept_libraries(&mut self, failure: Level) {
         loop {
             match self.ipc_listener.accept() {
                 Ok((socket, _)) => {
@@ -360,17 +368,23 @@ impl Engine {
                     }
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a library's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a library's connection: {e}");
+                }
             }
         }
     }
 
-    fn accept_peers(&mut self) {
+    fn accept_peers(&mut self, failure: Level) {
         while let Some(listener) = &self.peer_listener {
             let (stream, address) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a peer's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a peer's connection: {e}");
+                }
             };
             let result = stream.set_nodelay(true).map_err(PeerError::from).and_then(|()| {
                 let tls = self.tls.as_ref().map(Tls::accept).transpose();

@@ -12,6 +12,7 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey};
+use crate::exec::Reserve;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
 /// Ports tried for the end of a detour.
@@ -83,6 +84,11 @@ impl Engine {
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
             }
             HandlerMode::Exec { .. } => {
+                let reserve = Reserve::take()
+                    .map_err(|e| (Reason::TargetUnwilling, format!("starting a process: {e}")))?;
+                if let Some(served) = self.served.get_mut(key) {
+                    served.reserve = Some(reserve);
+                }
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let ip = specific(any, client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, public.port())), SocketAddr::new(any, 0), None)

@@ -1,5 +1,6 @@
 //! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer};
+use crate::exec::Reserve;
 use crate::onward::Origin;
 use crate::restore::Entry;
 
@@ -46,6 +48,8 @@ pub(crate) struct Served {
     /// Name of the handler.
     pub(crate) handler: String,
     pub(crate) mode: Option<HandlerMode>,
+    /// What starting its process takes, for mode `exec`.
+    pub(crate) reserve: Option<Reserve>,
     pub(crate) acceptor: Option<usize>,
     /// The client.
     pub(crate) client: SocketAddr,
@@ -92,6 +96,7 @@ impl Served {
             answers: 0,
             handler: handler.to_owned(),
             mode: None,
+            reserve: None,
             acceptor: None,
             client,
             local: host,
@@ -357,7 +362,8 @@ impl Engine {
                 };
                 if let Err(e) = self.attach(key, port, acceptor, client, passed) {
                     log::warn!("handing the connection of {client} over: {e}");
-                    return Some(Err(Reason::NoHandler));
+                    let full = e.kind() == ErrorKind::StorageFull;
+                    return Some(Err(if full { Reason::TableFull } else { Reason::NoHandler }));
                 }
                 let socket = match live(restored) {
                     Ok(socket) => socket,
