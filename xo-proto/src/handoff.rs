@@ -18,6 +18,8 @@
 //! - after the redirect, the target either serves the connection, or says `Refuse` and the host resets it: the client is told.
 
 mod host;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 mod target;
 
 use std::time::Duration;

@@ -166,10 +166,8 @@ impl Host {
             (S::Begun | S::Doubt, E::TargetReady { local, .. }) => {
                 then(S::Redirected, &[A::Redirect(*local), A::SendHostReady, A::Vacate])
             }
-            // Started, served and over before its answer was believed.
-            (S::Begun | S::Doubt, E::Closed) => {
-                then(S::Done, &[A::Vacate, A::RemoveRedirect, A::SendClosedAck])
-            }
+            // Over before the flow was redirected: the client cannot have closed it, and may not know.
+            (S::Begun | S::Doubt, E::Closed) => then(S::Done, &[A::Vacate, A::Reset, A::SendClosedAck]),
             (S::Begun | S::Doubt, E::Refused(r)) => then(S::Done, &[A::TakeBack, A::Stay(*r)]),
             (S::Begun, E::Deadline) if early => then(S::Doubt, &[A::ArmDoubt, A::SendQuery]),
             (S::Begun, E::PeerLost) if early => then(S::Doubt, &[A::ArmDoubt]),
@@ -190,8 +188,9 @@ impl Host {
             // The target has started it, and may have sent something.
             (S::Redirected, E::RedirectFailed) => then(S::Done, &[A::SendAbort, A::Vacate, A::Reset]),
             (S::Redirected, E::Handed) => S::Offloaded,
-            // HOST_READY may be lost with the channel; the target answers a repeated one.
-            (S::Redirected, E::PeerBack) => then(S::Redirected, &[A::SendHostReady]),
+            // HOST_READY may be lost with the channel, and so may CLOSED: the target answers a repeated one, by Refuse when
+            // it does not know the connection any more.
+            (S::Redirected | S::Offloaded, E::PeerBack) => then(self.state, &[A::SendHostReady]),
             (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset]),
             (S::Redirected | S::Offloaded, E::Closed) => {
                 then(S::Done, &[A::RemoveRedirect, A::SendClosedAck])

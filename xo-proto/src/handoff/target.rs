@@ -139,7 +139,9 @@ impl Target {
             (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
             (S::Served, E::Query) => then(S::Served, &[A::SendStarted]),
             (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
-            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack) => then(S::Closing, &[A::SendClosed]),
+            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack | E::Query | E::HostReady) => {
+                then(S::Closing, &[A::SendClosed])
+            }
             (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
             (state, _) => state,
         };
