@@ -74,8 +74,9 @@ impl World {
             // Where there is no end, the client sends again and is answered by a reset.
             let ended = client.told || self.live_ends(conn).next().is_none();
             self.must(ended || missing == 0, "a packet is lost");
-            let needless = client.told && !client.finished && !self.broken && !self.slow;
-            self.must(!needless, "reset without need");
+            // What the target has given up after the client saw some of it, nobody can go on with.
+            let needed = client.finished || client.saw_target || self.broken || self.slow;
+            self.must(!client.told || needed, "reset without need");
         }
     }
 

@@ -4,7 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use super::super::{Host, HostAction, HostEvent, HostState};
 use super::{
-    ConnIndex, Flaw, FlowAction, Handoff, HandoffIndex, Message, NodeIndex, Socket, Step, Ticks, Verdict, World,
+    ConnIndex, Flaw, FlowAction, Handoff, HandoffIndex, Message, NodeIndex, Socket, Step, Ticks, Verdict,
+    World,
 };
 use crate::reason::Reason;
 
@@ -321,7 +322,12 @@ impl World {
         }
     }
 
-    fn host_action(&mut self, node: NodeIndex, handoff: HandoffIndex, action: HostAction) -> Option<HostEvent> {
+    fn host_action(
+        &mut self,
+        node: NodeIndex,
+        handoff: HandoffIndex,
+        action: HostAction,
+    ) -> Option<HostEvent> {
         let Handoff { conn, target, .. } = self.handoffs[handoff];
         let rules = self.setup.rules;
         match action {
@@ -355,7 +361,10 @@ impl World {
             }
             HostAction::Stay(_) => {
                 if self.hosted(node, handoff)?.shown {
-                    self.must(self.nodes[node].kernel.sockets[conn] == Socket::Live, "stays, but not as it was");
+                    self.must(
+                        self.nodes[node].kernel.sockets[conn] == Socket::Live,
+                        "stays, but not as it was",
+                    );
                     self.decide(node, conn, Verdict::Stay);
                 }
             }

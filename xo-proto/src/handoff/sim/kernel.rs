@@ -138,7 +138,9 @@ impl World {
         let home = self.home(conn);
         match self.nodes[home].kernel.flows[conn] {
             None => self.arrives(home, conn, packet),
-            Some((handoff, FlowAction::Hold | FlowAction::Committed(_))) => self.nodes[home].kernel.ring.push((handoff, packet)),
+            Some((handoff, FlowAction::Hold | FlowAction::Committed(_))) => {
+                self.nodes[home].kernel.ring.push((handoff, packet))
+            }
             Some((_, FlowAction::Redirect(to))) => self.arrives(to, conn, packet),
         }
     }

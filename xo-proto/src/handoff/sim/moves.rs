@@ -1,7 +1,9 @@
 //! What can happen next.
 
 use super::super::TargetState;
-use super::{Channel, ConnIndex, FlowAction, Gap, HandoffIndex, NodeIndex, Packet, Socket, Step, Verdict, World};
+use super::{
+    Channel, ConnIndex, FlowAction, Gap, HandoffIndex, NodeIndex, Packet, Socket, Step, Verdict, World,
+};
 
 /// One thing that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

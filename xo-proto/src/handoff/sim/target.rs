@@ -2,7 +2,8 @@
 
 use super::super::{Target, TargetAction, TargetEvent, TargetState};
 use super::{
-    ConnIndex, Flaw, Handoff, HandlerMode, HandoffIndex, Message, NodeIndex, Rewrite, Socket, Step, Ticks, World,
+    ConnIndex, Flaw, HandlerMode, Handoff, HandoffIndex, Message, NodeIndex, Rewrite, Socket, Step, Ticks,
+    World,
 };
 use crate::reason::Reason;
 

@@ -33,8 +33,14 @@ fn small(early: bool, faults: u8) -> Setup {
 /// What happened, a move a line; the same again and again is one line.
 fn trace(moves: &[Move]) -> String {
     let runs = moves.chunk_by(|a, b| a == b);
-    runs.map(|run| format!("    {:?}{}\n", run[0], if run.len() > 1 { format!(" x {}", run.len()) } else { String::new() }))
-        .collect()
+    runs.map(|run| {
+        format!(
+            "    {:?}{}\n",
+            run[0],
+            if run.len() > 1 { format!(" x {}", run.len()) } else { String::new() }
+        )
+    })
+    .collect()
 }
 
 fn from_env(name: &str, default: u32) -> u32 {

@@ -23,27 +23,22 @@ pub(super) fn explore(world: World, wanted: Option<Violation>) -> Outcome {
     let mut seen = HashSet::<u64, BuildHasherDefault<Quick>>::from_iter([hasher.hash_one(&world)]);
     // Where each state came from.
     let mut ways: Vec<(usize, Move)> = vec![(0, Move::Tick)];
-    let mut next = VecDeque::from([(0, world)]);
+    let mut next = VecDeque::from([(0, hasher.hash_one(&world), world)]);
     let mut quiet = 0;
-    while let Some((from, world)) = next.pop_front() {
+    while let Some((from, own, world)) = next.pop_front() {
         let mut is_quiet = true;
         for what in world.moves() {
             let mut after = world.clone();
             after.step(what);
-            let same = after == world;
-            if !same && matches!(what.class(), Class::Time | Class::Due) {
-                is_quiet = false;
-            }
-            if same {
-                continue;
-            }
-            if !seen.insert(hasher.hash_one(&after)) {
+            let hash = hasher.hash_one(&after);
+            is_quiet &= hash == own || !matches!(what.class(), Class::Time | Class::Due);
+            if !seen.insert(hash) {
                 continue;
             }
             ways.push((from, what));
             let at = ways.len() - 1;
             match after.violation() {
-                None => next.push_back((at, after)),
+                None => next.push_back((at, hash, after)),
                 Some(found) if counts(found) => {
                     return Outcome { states: seen.len(), quiet, found: Some((found, way(&ways, at))) };
                 }

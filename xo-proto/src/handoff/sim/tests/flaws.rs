@@ -35,7 +35,12 @@ fn a_fence_that_outlasts_the_doubt() {
 
 #[test]
 fn an_answer_that_is_believed_for_too_long() {
-    finds(with(true, 1, |r| r.limits.answer = r.limits.fence * 2), "reset without need");
+    let patient = |r: &mut Rules| r.timeout = Duration::from_millis(500);
+    let outcome = explore(World::new(with(true, 1, patient)), None);
+    assert_eq!(outcome.found, None);
+    let believes =
+        |r: &mut Rules| (r.timeout, r.limits.answer) = (Duration::from_millis(500), r.limits.fence * 2);
+    finds(with(true, 1, believes), "reset without need");
 }
 
 #[test]
