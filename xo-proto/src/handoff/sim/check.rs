@@ -38,26 +38,32 @@ impl World {
     }
 
     /// Nothing more goes wrong; what must happen happens, until nothing more does. Then every connection that has moved is
-    /// closed, and what was kept about it must go.
-    pub fn settle(&mut self) {
+    /// closed, and what was kept about it must go. Returns what happened, as far as the first violation.
+    pub fn settle(&mut self) -> Vec<Move> {
+        let mut moves = Vec::new();
         self.faults = 0;
-        self.run_down();
-        self.check_quiet();
+        self.run_down(&mut moves);
         while let Some(end) = self.moves().into_iter().find(|m| matches!(m, Move::Finish { .. })) {
+            moves.push(end);
             self.step(end);
         }
-        self.run_down();
-        self.check_quiet();
+        self.run_down(&mut moves);
+        moves
     }
 
-    fn run_down(&mut self) {
+    fn run_down(&mut self, moves: &mut Vec<Move>) {
         for _ in 0..MOST_STEPS {
-            let due = self.moves().into_iter().find(|m| m.class() == Class::Due);
-            let before = due.is_none().then(|| self.clone());
-            self.step(due.unwrap_or(Move::Tick));
-            if before.is_some_and(|before| before == *self) {
+            if self.violation.is_some() {
                 return;
             }
+            let due = self.moves().into_iter().find(|m| m.class() == Class::Due);
+            let before = due.is_none().then(|| self.clone());
+            let next = due.unwrap_or(Move::Tick);
+            self.step(next);
+            if before.is_some_and(|before| before == *self) {
+                return self.check_quiet();
+            }
+            moves.push(next);
         }
         self.must(false, "it never ends");
     }

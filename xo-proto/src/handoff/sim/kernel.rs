@@ -219,7 +219,7 @@ impl World {
     pub(crate) fn library_returns(&mut self, node: NodeIndex) {
         self.nodes[node].library = true;
         for conn in 0..self.clients.len() {
-            if self.nodes[node].slots[conn] == Verdict::Pending {
+            if self.nodes[node].slots[conn] == Verdict::Pending && self.nodes[node].daemon.is_some() {
                 self.on_recover(node, conn);
             }
         }

@@ -49,11 +49,14 @@ fn nothing_goes_wrong() {
         let mut world = World::new(setup);
         let mut moves = Vec::new();
         for choice in choices {
+            if world.violation().is_some() {
+                break;
+            }
             let next = world.pick(choice);
             moves.push(next);
             world.step(next);
         }
-        world.settle();
+        moves.extend(world.settle());
         match world.violation() {
             Some(violation) => Err(TestCaseError::fail(format!("{violation}:\n{}", trace(&moves)))),
             None => Ok(()),
