@@ -18,6 +18,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
 use xo_bpf_abi::FlowKey;
+use xo_proto::fresh::Freshness;
+use xo_proto::handoff::LIMITS;
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -25,6 +27,7 @@ use xo_sys::sock_diag::TcpLookup;
 use xo_sys::tcp_repair::SpareSockets;
 
 use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
+use crate::clock::now_ns;
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -96,11 +99,13 @@ pub(crate) struct Engine {
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
     pub(crate) dials: HashMap<String, Dial>,
+    /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
+    pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
     pub(crate) hosted: HashMap<HandoffId, HostFlow>,
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
     pub(crate) served: HashMap<ServedKey, Served>,
-    /// Hand-offs that a host asked about before they came.
+    /// Hand-offs that are not begun (any more): asked about before they came, or over.
     pub(crate) refused: VecDeque<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, FlowKey)>,
@@ -181,6 +186,7 @@ impl Engine {
             libraries: Slab::new(),
             peers: Slab::new(),
             dials: HashMap::new(),
+            freshness: HashMap::new(),
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
@@ -418,10 +424,8 @@ impl Engine {
             PeerMessage::Handed(handed) => self.on_handed(&handed),
             PeerMessage::Closed(id) => self.on_closed(index, id),
             PeerMessage::Ping(ping) => {
-                if let Some(peer) = self.peers.get_mut(index) {
-                    // A sample; whether it is late does not matter.
-                    let _ = peer.is_fresh(ping.sent_ns);
-                }
+                // A sample; whether it is late does not matter.
+                let _ = self.is_fresh(index, ping.sent_ns);
                 self.send_to(index, &PeerMessage::Pong(ping.number));
             }
             PeerMessage::Pong(number) => {
@@ -459,6 +463,13 @@ impl Engine {
     pub(crate) fn connection_to(&self, node: &str) -> Option<usize> {
         let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
         self.peers.iter().filter(|(_, p)| is_it(p)).max_by_key(|(_, p)| p.serial).map(|(i, _)| i)
+    }
+
+    /// A message of the peer with this stamp is not older than what may start a connection or keep it.
+    pub(crate) fn is_fresh(&mut self, index: usize, sent_ns: u64) -> bool {
+        let Some(hello) = self.peers.get(index).and_then(|p| p.hello.as_ref()) else { return false };
+        let samples = self.freshness.entry((Rc::from(hello.node.as_str()), hello.boot_id)).or_default();
+        samples.observe(sent_ns, now_ns()).is_some_and(|late| late < LIMITS.fresh)
     }
 
     /// Node name of a peer that has said hello.

@@ -28,8 +28,9 @@ use crate::steer::{SteerError, flow_key};
 const MAX_QUEUES: usize = 15 << 20;
 /// Most `QUERY`s about one hand-off.
 const MOST_QUESTIONS: u32 = 5;
-/// How long a target that serves a connection, but whose daemon is away, is waited for.
-const RESTART_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a target that serves a connection, but whose daemon is away, is waited for; and how long the library of a
+/// connection that was found is.
+pub(crate) const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
 /// So has one that has been idle for this long while the target's daemon cannot be reached.
@@ -69,6 +70,10 @@ pub(crate) struct HostFlow {
     questions: u32,
     /// When this daemon got to know it.
     since: Instant,
+    /// Found, and its library may still have its socket: nothing is settled before that is known.
+    pub(crate) unseen: bool,
+    /// An answer was put off because of that.
+    pub(crate) put_off: bool,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
     /// Where its packets go, once redirected.
@@ -118,6 +123,8 @@ impl HostFlow {
             asked: None,
             questions: 0,
             since: Instant::now(),
+            unseen: false,
+            put_off: false,
             held: Vec::new(),
             to: None,
             times: Times::default(),
@@ -127,6 +134,11 @@ impl HostFlow {
     /// Where the hand-off stands.
     pub(crate) fn state(&self) -> HostState {
         self.machine.state()
+    }
+
+    /// The client has acknowledged bytes that this host never sent: the target's.
+    fn is_served(&self) -> bool {
+        self.record.as_ref().is_some_and(|r| self.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)))
     }
 }
 
@@ -162,19 +174,19 @@ impl Engine {
         let fd = socket.as_raw_fd();
         let known = tcp_repair::ends(fd).ok().and_then(|ends| {
             let id = self.steer.flow(&flow_key(ends.client, ends.local))?.flow_id;
-            self.hosted.get_mut(&id).map(|flow| (ends, flow))
+            self.hosted.get_mut(&id).map(|flow| (id, ends, flow))
         });
         match known {
-            Some((_, flow)) if flow.to.is_some() => {
-                flow.socket = Some(socket);
-                flow.verdict = Some(verdict);
-                vacate(flow);
-            }
-            Some((ends, flow)) => {
+            Some((id, ends, flow)) => {
                 flow.ends = ends;
+                // For a reset, should the target have lost it.
                 flow.record = tcp_repair::dump(fd, &ends, MAX_QUEUES).ok().map(Box::new);
                 flow.socket = Some(socket);
                 flow.verdict = Some(verdict);
+                if flow.to.is_some() {
+                    vacate(flow);
+                }
+                self.seen(id);
             }
             None => {
                 // Settled, or never begun.
@@ -205,6 +217,9 @@ impl Engine {
     /// `TARGET_READY`.
     pub(crate) fn on_target_ready(&mut self, index: usize, ready: &TargetReady) {
         let now = now_ns();
+        if self.puts_off(ready.id) {
+            return;
+        }
         let Some(flow) = self.hosted.get_mut(&ready.id) else {
             // Taken back, or reset: nobody must serve it there.
             return self.send_to(index, &PeerMessage::Abort(ready.id));
@@ -224,9 +239,19 @@ impl Engine {
 
     /// `REFUSE`.
     pub(crate) fn on_refuse(&mut self, refuse: &Refuse) {
+        if self.puts_off(refuse.id) {
+            return;
+        }
+        self.collect_held();
         if let Some(flow) = self.hosted.get(&refuse.id) {
             log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
-            self.host_event(refuse.id, HostEvent::Refused(refuse.reason));
+            // Given up there after the client saw a part of the answer: nobody can go on with that.
+            let event = if flow.state() == HostState::Doubt && flow.is_served() {
+                HostEvent::DoubtOver { served: true }
+            } else {
+                HostEvent::Refused(refuse.reason)
+            };
+            self.host_event(refuse.id, event);
         }
     }
 
@@ -244,6 +269,9 @@ impl Engine {
 
     /// `CLOSED`. A repeated one is acknowledged all the same.
     pub(crate) fn on_closed(&mut self, index: usize, id: HandoffId) {
+        if self.puts_off(id) {
+            return;
+        }
         if self.hosted.contains_key(&id) {
             self.host_event(id, HostEvent::Closed);
         } else {
@@ -262,14 +290,22 @@ impl Engine {
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
         self.collect_held();
         let Some(flow) = self.hosted.get(&id) else { return };
+        if flow.unseen {
+            let left = RESTART_PATIENCE.saturating_sub(flow.since.elapsed());
+            if !left.is_zero() {
+                return self.at(Instant::now() + left, Timer::HostDoubt(id));
+            }
+            if flow.to.is_some() {
+                return self.seen(id);
+            }
+        }
         // What counts is the last question: the target may have kept the connection because of it.
         if let Some(left) = flow.asked.and_then(|asked| LIMITS.doubt.checked_sub(asked.elapsed()))
             && !left.is_zero()
         {
             return self.at(Instant::now() + left, Timer::HostDoubt(id));
         }
-        let served =
-            flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        let served = flow.is_served();
         if served && flow.since.elapsed() < RESTART_PATIENCE {
             // The client's packets are kept meanwhile, and a daemon that was restarted tells where they are to go.
             return self.at(Instant::now() + LIMITS.answer, Timer::HostDoubt(id));
@@ -287,7 +323,7 @@ impl Engine {
 
     /// The channel to a node is up (again).
     pub(crate) fn peer_back(&mut self, node: &str) {
-        let unsure = [HostState::Redirected, HostState::Doubt];
+        let unsure = [HostState::Redirected, HostState::Offloaded, HostState::Doubt];
         let lost = |f: &HostFlow| f.target == node && unsure.contains(&f.state());
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| lost(f)).map(|(id, _)| *id).collect();
         for id in ids {
@@ -364,7 +400,7 @@ impl Engine {
         None
     }
 
-    fn connection_of(&self, id: HandoffId) -> Option<usize> {
+    pub(crate) fn connection_of(&self, id: HandoffId) -> Option<usize> {
         let flow = self.hosted.get(&id)?;
         self.connection_to(&flow.target)
     }
@@ -417,12 +453,23 @@ impl Engine {
     fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
         // What was held goes first, so that it is not overtaken by what comes after the flip.
         self.send_late(id, to);
-        self.replay_all_held(id, Some(to));
+        self.collect_held();
         let flow = self.hosted.get_mut(&id)?;
         let peer = self.state.number(&flow.target, Some(flow.address));
+        let failed = |client, e| {
+            log::error!("redirecting {client}: {e}");
+            Some(HostEvent::RedirectFailed)
+        };
+        // A target that gets an acknowledgement keeps the connection: the next daemon must not take it back.
+        if !flow.held.is_empty()
+            && let Err(e) = self.steer.commit(&flow.key, id, peer, to)
+        {
+            return failed(flow.client, e);
+        }
+        self.replay_all_held(id, Some(to));
+        let flow = self.hosted.get_mut(&id)?;
         if let Err(e) = self.steer.redirect(&flow.key, id, peer, to) {
-            log::error!("redirecting {}: {e}", flow.client);
-            return Some(HostEvent::RedirectFailed);
+            return failed(flow.client, e);
         }
         flow.to = Some(to);
         flow.times.redirected = now_ns();

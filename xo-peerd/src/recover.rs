@@ -4,13 +4,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{Action, FlowEntry, FlowKey, RewriteEntry};
-use xo_proto::handoff::{Host, HostState, LIMITS, Target, TargetState};
+use xo_proto::handoff::{Host, HostEvent, HostState, LIMITS, Target, TargetState};
 use xo_proto::reason::Reason;
-use xo_proto::wire::{PeerMessage, Refuse};
+use xo_proto::wire::{HandoffId, PeerMessage, Refuse};
 use xo_sys::tcp_repair::Ends;
 
 use crate::engine::{Engine, Timer};
-use crate::host::HostFlow;
+use crate::host::{HostFlow, RESTART_PATIENCE};
 use crate::steer;
 use crate::target::Served;
 
@@ -26,6 +26,8 @@ impl Engine {
         for (key, entry) in self.steer.all_rewrites() {
             self.recover_served(key, &entry);
         }
+        // What the ring holds for redirected flows.
+        self.drain_held();
         if !self.hosted.is_empty() || !self.served.is_empty() || !self.gone.is_empty() {
             log::info!(
                 "found {} connections offloaded from here and {} served here, {} that ended meanwhile",
@@ -43,21 +45,45 @@ impl Engine {
             let _ = self.steer.remove_flow(&key, entry.flow_id);
             return;
         };
-        let redirected = entry.action == Action::Redirect as u32;
+        // With an address, what was held is on its way there: the target may rely on it.
+        let redirected = entry.action == Action::Redirect as u32 || entry.to_port != 0;
         let ends = Ends {
             client: steer::address(key.remote, key.remote_port),
             local: steer::address(key.local, key.local_port),
             v6_socket: false,
         };
         let mut flow = HostFlow::new(Host::recovered(redirected), ends, key, target.name.clone(), address);
+        // Its library, if it is still there, brings the socket. The target knows whether it serves it.
+        flow.unseen = true;
+        let mut patience = LIMITS.doubt;
         if redirected {
-            flow.to = Some(steer::address(entry.to_addr, entry.to_port));
-        } else {
-            // Its library, if it is still there, brings the socket. The target knows whether it serves it.
-            self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(entry.flow_id));
+            let to = steer::address(entry.to_addr, entry.to_port);
+            flow.to = Some(to);
+            patience = RESTART_PATIENCE;
+            if let Err(e) = self.steer.redirect(&key, entry.flow_id, entry.peer, to) {
+                log::error!("redirecting {}: {e}", flow.client);
+            }
         }
+        self.at(Instant::now() + patience, Timer::HostDoubt(entry.flow_id));
         self.hosted.insert(entry.flow_id, flow);
         self.want(&target.name, address);
+    }
+
+    /// The socket of a connection that was found has been shown, or never will be: asks for what was put off.
+    pub(crate) fn seen(&mut self, id: HandoffId) {
+        let connected = self.connection_of(id).is_some();
+        let Some(flow) = self.hosted.get_mut(&id) else { return };
+        flow.unseen = false;
+        if std::mem::take(&mut flow.put_off) && connected {
+            self.host_event(id, HostEvent::PeerBack);
+        }
+    }
+
+    /// The target's word on a connection whose socket the library may still show: not yet.
+    pub(crate) fn puts_off(&mut self, id: HandoffId) -> bool {
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.unseen) else { return false };
+        flow.put_off = true;
+        true
     }
 
     fn recover_served(&mut self, key: FlowKey, entry: &RewriteEntry) {

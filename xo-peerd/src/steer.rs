@@ -140,8 +140,18 @@ impl Steer {
         Ok(())
     }
 
-    /// Turns a held flow into a redirected one: one map update, so there is no moment in between. That the
-    /// client has closed stays known.
+    /// The flow's packets are held on, but it can only be redirected now: to this address.
+    pub(crate) fn commit(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        peer: u32,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, peer, Action::Hold, to)
+    }
+
+    /// Turns a held flow into a redirected one: one map update, so there is no moment in between.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
@@ -149,10 +159,22 @@ impl Steer {
         peer: u32,
         to: SocketAddr,
     ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, peer, Action::Redirect, to)
+    }
+
+    /// That the client has closed stays known.
+    fn direct(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        peer: u32,
+        action: Action,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
         let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
             return Err(SteerError::NotOurs);
         };
-        let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        let mut entry = flow_entry(action, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.flags = held.flags;
         // The program may have removed the entry meanwhile: the client's port then serves a new connection.
         insert(&mut self.flows, key, &entry, EXIST)

@@ -19,7 +19,7 @@ use crate::steer::{SteerError, flow_key};
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
-/// Hand-offs remembered as refused before they came.
+/// Hand-offs remembered as refused or over.
 const MOST_REFUSED: usize = 4096;
 /// First and longest pause between two looks whether the kernel has forgotten a closed connection.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
@@ -105,7 +105,7 @@ impl Engine {
         let begun_ns = now_ns();
         let Some(node) = self.node_of(index) else { return };
         let key = (node, begin.id);
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(begin.sent_ns));
+        let fresh = self.is_fresh(index, begin.sent_ns);
         if self.refused.contains(&key) {
             // The host has asked about it before it came, on another channel: it is not begun any more.
             return;
@@ -119,6 +119,9 @@ impl Engine {
             served.begun_ns = begun_ns;
             served.begin = Some(Box::new(begin));
             self.served.insert(key.clone(), served);
+        } else if !fresh {
+            // A repeated one; if it is old, it must not keep the connection alive either.
+            return;
         }
         self.target_event(&key, &TargetEvent::Begin);
     }
@@ -147,7 +150,7 @@ impl Engine {
 
     /// `QUERY`.
     pub(crate) fn on_query(&mut self, index: usize, query: Query) {
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(query.sent_ns));
+        let fresh = self.is_fresh(index, query.sent_ns);
         let Some(node) = self.node_of(index) else { return };
         let key = (node, query.id);
         if self.served.contains_key(&key) {
@@ -157,10 +160,7 @@ impl Engine {
             }
             return;
         }
-        self.refused.push_back(key);
-        if self.refused.len() > MOST_REFUSED {
-            self.refused.pop_front();
-        }
+        self.not_again(key);
         let detail = "no such hand-off".into();
         self.send_to(
             index,
@@ -227,6 +227,15 @@ impl Engine {
         }
         if self.served.get(key).is_some_and(|s| s.state() == TargetState::Done) {
             self.served.remove(key);
+            self.not_again(key.clone());
+        }
+    }
+
+    /// The hand-off is not begun any more, should `BEGIN_OFFLOAD` come (again).
+    fn not_again(&mut self, key: ServedKey) {
+        self.refused.push_back(key);
+        if self.refused.len() > MOST_REFUSED {
+            self.refused.pop_front();
         }
     }
 
