@@ -67,9 +67,9 @@ pub(crate) struct HostFlow {
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
     asked: Option<Instant>,
     /// How often it was asked by `QUERY`.
-    questions: u32,
+    pub(crate) questions: u32,
     /// When this daemon got to know it.
-    since: Instant,
+    pub(crate) since: Instant,
     /// Found, and its library may still have its socket: nothing is settled before that is known.
     pub(crate) unseen: bool,
     /// An answer was put off because of that.
@@ -289,16 +289,10 @@ impl Engine {
     /// The target has certainly given up what it was not confirmed, unless the client's packets say otherwise.
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
         self.collect_held();
-        let Some(flow) = self.hosted.get(&id) else { return };
-        if flow.unseen {
-            let left = RESTART_PATIENCE.saturating_sub(flow.since.elapsed());
-            if !left.is_zero() {
-                return self.at(Instant::now() + left, Timer::HostDoubt(id));
-            }
-            if flow.to.is_some() {
-                return self.seen(id);
-            }
+        if self.waits_for_library(id) {
+            return;
         }
+        let Some(flow) = self.hosted.get(&id) else { return };
         // What counts is the last question: the target may have kept the connection because of it.
         if let Some(left) = flow.asked.and_then(|asked| LIMITS.doubt.checked_sub(asked.elapsed()))
             && !left.is_zero()

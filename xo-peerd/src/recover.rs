@@ -73,8 +73,12 @@ impl Engine {
     pub(crate) fn seen(&mut self, id: HandoffId) {
         let connected = self.connection_of(id).is_some();
         let Some(flow) = self.hosted.get_mut(&id) else { return };
-        flow.unseen = false;
-        if std::mem::take(&mut flow.put_off) && connected {
+        (flow.unseen, flow.questions) = (false, 0);
+        let again = std::mem::take(&mut flow.put_off) && connected;
+        if flow.state() == HostState::Doubt {
+            self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(id));
+        }
+        if again {
             self.host_event(id, HostEvent::PeerBack);
         }
     }
@@ -83,6 +87,32 @@ impl Engine {
     pub(crate) fn puts_off(&mut self, id: HandoffId) -> bool {
         let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.unseen) else { return false };
         flow.put_off = true;
+        if flow.state() == HostState::Doubt {
+            self.at(Instant::now() + LIMITS.answer, Timer::HostDoubt(id));
+        }
+        true
+    }
+
+    /// Is the library still waited for? Meanwhile the target is asked again and again, so that it does not give up what it
+    /// has started.
+    pub(crate) fn waits_for_library(&mut self, id: HandoffId) -> bool {
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.unseen) else { return false };
+        let left = RESTART_PATIENCE.saturating_sub(flow.since.elapsed());
+        let redirected = flow.to.is_some();
+        if left.is_zero() {
+            if redirected {
+                self.seen(id);
+            }
+            return redirected;
+        }
+        let again = flow.put_off && !redirected;
+        if again {
+            (flow.put_off, flow.questions) = (false, 0);
+        }
+        self.at(Instant::now() + left, Timer::HostDoubt(id));
+        if again {
+            self.host_event(id, HostEvent::PeerBack);
+        }
         true
     }
 

@@ -212,7 +212,10 @@ impl World {
 
     /// A new daemon finds what the old one has left in the maps.
     pub(crate) fn restart(&mut self, node: NodeIndex) {
-        self.nodes[node].daemon = Some(Daemon::default());
+        let machine = &mut self.nodes[node];
+        machine.daemon = Some(Daemon::default());
+        // A library with nothing to show is connected at once.
+        machine.library = !machine.slots.contains(&Verdict::Pending);
         for conn in 0..self.clients.len() {
             self.recover_hosted(node, conn);
             self.recover_served(node, conn);
@@ -229,10 +232,10 @@ impl World {
     }
 
     fn age(&mut self, by: Ticks) {
-        let old = self.setup.rules.old();
+        let (old, stale) = (self.setup.rules.old(), self.setup.rules.stale());
         let older = |age: &mut Ticks| *age = old.min(*age + by);
         for channel in &mut self.channels {
-            channel.age(by, old);
+            channel.age(by, stale);
             self.slow |= channel.slowest() > self.setup.rules.under_way();
         }
         for node in &mut self.nodes {
@@ -240,9 +243,10 @@ impl World {
                 rewrite.mute_in = rewrite.mute_in.map(|t| t.saturating_sub(by));
             }
             let Some(daemon) = &mut node.daemon else { continue };
-            for pause in daemon.pause.values_mut() {
-                *pause = pause.saturating_sub(by);
-            }
+            daemon.pause.retain(|_, left| {
+                *left = left.saturating_sub(by);
+                *left > 0
+            });
             for flow in daemon.hosted.values_mut() {
                 flow.asked.as_mut().map(older);
                 older(&mut flow.since);
@@ -276,7 +280,7 @@ impl Node {
         let daemon = self.daemon.iter().flat_map(|d| {
             let hosted = d.hosted.values().flat_map(|f| [f.deadline, f.doubt]);
             let served = d.served.values().flat_map(|s| [s.deadline, s.fence]);
-            hosted.chain(served).flatten().chain(d.pause.values().copied().filter(|left| *left > 0))
+            hosted.chain(served).flatten().chain(d.pause.values().copied())
         });
         let mutes = self.kernel.rewrites.iter().flatten().filter_map(|r| r.mute_in.filter(|left| *left > 0));
         daemon.chain(mutes)

@@ -118,9 +118,13 @@ impl World {
     fn seen(&mut self, node: NodeIndex, handoff: HandoffIndex) {
         let target = self.handoffs[handoff].target;
         let connected = self.connection_to(node, target).is_some();
-        let old = self.setup.rules.old();
+        let rules = self.setup.rules;
+        let (old, doubt) = (rules.old(), rules.ticks(rules.limits.doubt));
         let Some(flow) = self.hosted(node, handoff) else { return };
-        flow.unseen = false;
+        (flow.unseen, flow.questions) = (false, 0);
+        if flow.state() == HostState::Doubt {
+            flow.doubt = Some(doubt);
+        }
         flow.forget(old);
         if std::mem::take(&mut flow.put_off) && connected {
             self.host_event(node, handoff, HostEvent::PeerBack);
@@ -130,8 +134,33 @@ impl World {
     /// An answer came: is it too early to act upon it?
     fn puts_off(&mut self, node: NodeIndex, handoff: HandoffIndex) -> bool {
         let flawed = self.is_flawed(Flaw::SettlesUnseen);
+        let answer = self.setup.rules.ticks(self.setup.rules.limits.answer);
         let Some(flow) = self.hosted(node, handoff).filter(|f| f.unseen && !flawed) else { return false };
         flow.put_off = true;
+        if flow.state() == HostState::Doubt {
+            flow.doubt = flow.doubt.map(|left| left.min(answer));
+        }
+        true
+    }
+
+    /// Is the library still waited for? Meanwhile the target is asked again and again, so that it does not give up what it
+    /// has started.
+    fn waits_for_library(&mut self, node: NodeIndex, handoff: HandoffIndex) -> bool {
+        let patience = self.setup.rules.ticks(self.setup.rules.restart);
+        let flawed = self.is_flawed(Flaw::SettlesUnseen);
+        let Some(flow) = self.hosted(node, handoff).filter(|f| f.unseen && !flawed) else { return false };
+        let redirected = flow.to.is_some();
+        if flow.since >= patience {
+            if redirected {
+                self.seen(node, handoff);
+            }
+            return redirected;
+        }
+        flow.doubt = Some(patience - flow.since);
+        if flow.put_off && !redirected {
+            (flow.put_off, flow.questions) = (false, 0);
+            self.host_event(node, handoff, HostEvent::PeerBack);
+        }
         true
     }
 
@@ -250,16 +279,8 @@ impl World {
         let (doubt, answer) = (rules.ticks(rules.limits.doubt), rules.ticks(rules.limits.answer));
         let patience = rules.ticks(rules.restart);
         let served = self.has_served(node, handoff);
-        let unseen = !self.is_flawed(Flaw::SettlesUnseen);
-        let Some(flow) = self.hosted(node, handoff) else { return };
-        if unseen && flow.unseen {
-            if flow.since < patience {
-                flow.doubt = Some(patience - flow.since);
-                return;
-            }
-            if flow.to.is_some() {
-                return self.seen(node, handoff);
-            }
+        if self.waits_for_library(node, handoff) {
+            return;
         }
         let Some(flow) = self.hosted(node, handoff) else { return };
         if let Some(left) = flow.asked.and_then(|asked| doubt.checked_sub(asked)).filter(|left| *left > 0) {

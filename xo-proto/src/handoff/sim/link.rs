@@ -87,12 +87,12 @@ impl Channel {
         }
     }
 
-    pub(crate) fn age(&mut self, by: Ticks, old: Ticks) {
+    pub(crate) fn age(&mut self, by: Ticks, stale: Ticks) {
         for end in &mut self.ends {
             for (age, _) in &mut end.inbox {
-                *age = old.min(*age + by);
+                *age = stale.min(*age + by);
             }
-            end.probe = end.probe.map(|age| old.min(age + by));
+            end.probe = end.probe.map(|age| stale.min(age + by));
         }
     }
 
@@ -142,15 +142,12 @@ impl World {
         let Some(daemon) = &self.nodes[from].daemon else { return false };
         let is_between = |c: &Channel| c.ends[0].node == from && c.ends[0].open && c.ends[1].node == to;
         self.nodes[to].daemon.is_some()
-            && daemon.pause.get(&to).is_none_or(|left| *left == 0)
+            && !daemon.pause.contains_key(&to)
             && !self.channels.iter().any(is_between)
             && daemon.hosted.keys().any(|h| self.handoffs[*h].target == to)
     }
 
     pub(crate) fn dial(&mut self, from: NodeIndex, to: NodeIndex) {
-        if let Some(daemon) = self.daemon(from) {
-            daemon.pause.remove(&to);
-        }
         self.channels.push(Channel::new(from, to));
     }
 
@@ -231,7 +228,9 @@ impl World {
         let peer = self.channels[channel].ends[1 - end].node;
         let this = &mut self.channels[channel].ends[end];
         let (node, own) = (this.node, this.fastest);
-        this.fastest = Some(own.map_or(age, |f| f.min(age)));
+        if by_channel {
+            this.fastest = Some(own.map_or(age, |f| f.min(age)));
+        }
         let Some(daemon) = self.daemon(node) else { return false };
         let shared = daemon.fastest.get(&peer).copied();
         daemon.fastest.insert(peer, shared.map_or(age, |f| f.min(age)));

@@ -61,7 +61,7 @@ pub enum Class {
 }
 
 /// A daemon dies at any of the actions that one event can cause.
-const FUSES: u8 = 5;
+const FUSES: u8 = 6;
 
 impl Move {
     /// What kind of move it is.

@@ -146,6 +146,11 @@ impl Rules {
         self.ticks(self.limits.doubt.max(self.limits.answer).max(self.restart)) + 1
     }
 
+    /// So are ages of messages beyond this.
+    pub(crate) fn stale(&self) -> Ticks {
+        self.ticks(self.limits.fence.max(self.limits.fresh + self.limits.sample))
+    }
+
     /// When no timer is due within this, time leaps.
     pub(crate) fn long(&self) -> Ticks {
         self.ticks(self.limits.doubt) + 4
