@@ -19,7 +19,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
 use xo_bpf_abi::FlowKey;
-use xo_proto::handoff::HostEvent;
+use xo_proto::fresh::Freshness;
+use xo_proto::handoff::{HostEvent, LIMITS};
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -27,6 +28,7 @@ use xo_sys::sock_diag::TcpLookup;
 use xo_sys::tcp_repair::SpareSockets;
 
 use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
+use crate::clock::now_ns;
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -35,6 +37,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::recent::Recent;
 use crate::restore::Entry;
 use crate::state::State;
 use crate::steer::Steer;
@@ -61,6 +64,11 @@ const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
 /// Key of a hand-off on the target: the host's node name and its number there.
 pub(crate) type ServedKey = (Rc<str>, HandoffId);
+
+/// A message that was late by this is not older than what may start a connection, or keep it.
+pub(crate) fn is_fresh(late: Option<Duration>) -> bool {
+    late.is_some_and(|late| late < LIMITS.fresh)
+}
 
 /// What is to happen at a time.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,6 +113,8 @@ pub(crate) struct Engine {
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
     pub(crate) dials: HashMap<String, Dial>,
+    /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
+    pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
     pub(crate) hosted: HashMap<HandoffId, HostFlow>,
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
@@ -113,8 +123,8 @@ pub(crate) struct Engine {
     pub(crate) by_flow: HashMap<FlowKey, ServedKey>,
     /// Connections that came by a detour, by the names that their homes have for them.
     pub(crate) at_home: HashMap<ServedKey, Vec<ServedKey>>,
-    /// Hand-offs that a host asked about before they came.
-    pub(crate) refused: VecDeque<ServedKey>,
+    /// Hand-offs that are not begun (any more): asked about before they came, or over.
+    pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
     /// Deliveries of withdrawn connections, until their processes close them.
@@ -196,12 +206,13 @@ impl Engine {
             libraries: Slab::new(),
             peers: Slab::new(),
             dials: HashMap::new(),
+            freshness: HashMap::new(),
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
             by_flow: HashMap::new(),
             at_home: HashMap::new(),
-            refused: VecDeque::new(),
+            refused: Recent::default(),
             gone: Vec::new(),
             abandoned: Vec::new(),
             acceptors: Slab::new(),
@@ -452,10 +463,8 @@ impl Engine {
             PeerMessage::Moved(moved) => self.on_moved(index, &moved),
             PeerMessage::MovedAck(ack) => self.on_moved_ack(index, &ack),
             PeerMessage::Ping(ping) => {
-                if let Some(peer) = self.peers.get_mut(index) {
-                    // A sample; whether it is late does not matter.
-                    let _ = peer.is_fresh(ping.sent_ns);
-                }
+                // A sample; whether it is late does not matter.
+                let _ = self.lateness(index, ping.sent_ns);
                 self.send_to(index, &PeerMessage::Pong(ping.number));
             }
             PeerMessage::Pong(number) => {
@@ -492,6 +501,13 @@ impl Engine {
     pub(crate) fn connection_to(&self, node: &str) -> Option<usize> {
         let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
         self.peers.iter().filter(|(_, p)| is_it(p)).max_by_key(|(_, p)| p.serial).map(|(i, _)| i)
+    }
+
+    /// How much longer a message of the peer with this stamp was under way than the fastest of late.
+    pub(crate) fn lateness(&mut self, index: usize, sent_ns: u64) -> Option<Duration> {
+        let hello = self.peers.get(index)?.hello.as_ref()?;
+        let samples = self.freshness.entry((Rc::from(hello.node.as_str()), hello.boot_id)).or_default();
+        samples.observe(sent_ns, now_ns())
     }
 
     /// Node name of a peer that has said hello.

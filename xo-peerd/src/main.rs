@@ -16,6 +16,7 @@ mod metrics;
 mod metrics_http;
 mod onward;
 mod peer;
+mod recent;
 mod recover;
 mod restore;
 mod state;

@@ -131,6 +131,7 @@ impl Engine {
         }
         self.remove_entry(key);
         let Some(served) = self.served.remove(key) else { return };
+        self.not_again(key.clone());
         self.hopeless(served.parked);
         let name = served.origin.name();
         if let Some(keys) = self.at_home.get_mut(&name) {

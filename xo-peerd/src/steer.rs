@@ -153,8 +153,19 @@ impl Steer {
         Ok(())
     }
 
+    /// The flow's packets are held on, but it can only be redirected now: to this address.
+    pub(crate) fn commit(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        (peer, hop): (u32, u32),
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, (peer, hop), Action::Hold, to)
+    }
+
     /// Turns a held flow into a redirected one, or points a redirected one elsewhere: one map update, so there is no
-    /// moment in between. That the client has closed stays known.
+    /// moment in between.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
@@ -162,10 +173,22 @@ impl Steer {
         (peer, hop): (u32, u32),
         to: SocketAddr,
     ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, (peer, hop), Action::Redirect, to)
+    }
+
+    /// That the client has closed stays known.
+    fn direct(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        (peer, hop): (u32, u32),
+        action: Action,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
         let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
             return Err(SteerError::NotOurs);
         };
-        let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        let mut entry = flow_entry(action, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.flags = held.flags;
         entry.last_ns = held.last_ns;
         entry.hop = hop as u16;

@@ -14,7 +14,7 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey, Timer, is_fresh};
 use crate::exec::Reserve;
 use crate::onward::Origin;
 use crate::restore::Entry;
@@ -22,8 +22,6 @@ use crate::restore::Entry;
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
-/// Hand-offs remembered as refused before they came.
-const MOST_REFUSED: usize = 4096;
 /// First and longest pause between two looks whether the kernel has forgotten a closed connection.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
@@ -66,6 +64,8 @@ pub(crate) struct Served {
     ending: Option<(Instant, Duration)>,
     pub(crate) ready: Option<TargetReady>,
     pub(crate) begun_ns: u64,
+    /// How much longer than usual `BEGIN_OFFLOAD` was under way.
+    pub(crate) late: Duration,
     host_ready_ns: u64,
     started_ns: Option<u64>,
     /// It is in the metrics.
@@ -107,6 +107,7 @@ impl Served {
             ending: None,
             ready: None,
             begun_ns: 0,
+            late: Duration::ZERO,
             host_ready_ns: 0,
             started_ns: None,
             counted: false,
@@ -137,7 +138,8 @@ impl Engine {
         let begun_ns = now_ns();
         let Some(node) = self.node_of(index) else { return };
         let key = (node, begin.id);
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(begin.sent_ns));
+        let late = self.lateness(index, begin.sent_ns);
+        let fresh = is_fresh(late);
         if self.refused.contains(&key) {
             // The host has asked about it before it came, on another channel: it is not begun any more.
             return;
@@ -151,9 +153,13 @@ impl Engine {
             let mut served =
                 Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
             served.begun_ns = begun_ns;
+            served.late = late.unwrap_or_default();
             served.moves = begin.moves;
             served.begin = Some(begin);
             self.insert_served(key.clone(), served);
+        } else if !fresh {
+            // A repeated one; if it is old, it must not keep the connection alive either.
+            return;
         }
         self.target_event(&key, &TargetEvent::Begin);
     }
@@ -186,7 +192,7 @@ impl Engine {
 
     /// `QUERY`.
     pub(crate) fn on_query(&mut self, index: usize, query: Query) {
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(query.sent_ns));
+        let fresh = is_fresh(self.lateness(index, query.sent_ns));
         let Some(node) = self.node_of(index) else { return };
         let key = (node, query.id);
         if self.served.contains_key(&key) {
@@ -196,10 +202,7 @@ impl Engine {
             }
             return;
         }
-        self.refused.push_back(key);
-        if self.refused.len() > MOST_REFUSED {
-            self.refused.pop_front();
-        }
+        self.not_again(key);
         let detail = "no such hand-off".into();
         self.send_to(
             index,
@@ -279,6 +282,11 @@ impl Engine {
         self.forget_served(key);
     }
 
+    /// The hand-off is not begun any more, should `BEGIN_OFFLOAD` come (again).
+    pub(crate) fn not_again(&mut self, key: ServedKey) {
+        self.refused.add(key);
+    }
+
     fn target_action(&mut self, key: &ServedKey, action: TargetAction) -> Option<TargetEvent> {
         match action {
             TargetAction::Restore => return Some(TargetEvent::Restored(self.restore(key))),
@@ -301,8 +309,8 @@ impl Engine {
                 if let Some(served) = self.served.get_mut(key) {
                     served.kept = None;
                 }
-                self.confirmed(key);
             }
+            TargetAction::Confirmed => self.confirmed(key),
             TargetAction::Withdraw => self.withdraw(key),
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
@@ -444,7 +452,6 @@ impl Engine {
         let Some(served) = self.served.get_mut(key) else { return };
         let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
         self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
-        self.confirmed(key);
     }
 
     /// Starts to look whether the kernel has forgotten the connection.

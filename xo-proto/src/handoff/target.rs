@@ -73,8 +73,10 @@ pub enum TargetAction {
     Start,
     /// Send `HANDED`.
     SendHanded,
-    /// The connection is confirmed: what was kept to take it away again can go.
+    /// What was kept to take the connection away again can go.
     Keep,
+    /// The connection is here, for sure.
+    Confirmed,
     /// Close the socket in repair mode (silently) and remove the source rewrite.
     Discard,
     /// Take the live socket from its handler without a packet, and remove the source rewrite.
@@ -147,16 +149,18 @@ impl Target {
             (S::Ready, E::HostReady) => then(S::Started, &[A::Start]),
             (S::Ready, E::Abort | E::Deadline) => then(S::Done, &[A::Discard]),
             (S::Started, E::Handed(Ok(()))) if early => then(S::Unconfirmed, &[A::SendStarted]),
-            (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded]),
+            (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded, A::Confirmed]),
             (S::Started, E::Handed(Err(r))) => then(S::Done, &[A::Discard, A::Refuse(*r)]),
             (S::Unconfirmed, E::Begin | E::Query) => then(S::Unconfirmed, &[A::SendStarted]),
-            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::SendHanded, A::Keep]),
-            (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep]),
+            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::Keep, A::SendHanded, A::Confirmed]),
+            (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep, A::Confirmed]),
             (S::Unconfirmed, E::Fence { acknowledged: false } | E::Abort) => then(S::Done, &[A::Withdraw]),
             (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
             (S::Served, E::Query) => then(S::Served, &[A::SendStarted]),
             (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
-            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack) => then(S::Closing, &[A::SendClosed]),
+            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack | E::Query | E::HostReady) => {
+                then(S::Closing, &[A::SendClosed])
+            }
             (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
             (S::Served, E::Home) => then(S::Done, &[A::RemoveRewrite]),
 
