@@ -269,6 +269,7 @@ impl Engine {
             return Ok(());
         }
         let wake = Socket::new(Domain::for_address(listening), Type::STREAM, None)?;
+        wake.set_nonblocking(true)?;
         wake.bind(&SockAddr::from(SocketAddr::new(ip, 0)))?;
         let wake_port = local_address(&wake)?.port();
         let port = listening.port();
@@ -281,10 +282,13 @@ impl Engine {
         for table in &tables {
             table.add_wake_port(wake_port);
         }
-        wake.set_nonblocking(true)?;
         match wake.connect(&SockAddr::from(SocketAddr::new(ip, port))) {
-            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            other => other?,
+            Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => {
+                // Nobody listens any more.
+                tables.iter().for_each(|t| t.remove_wake_port(wake_port));
+                return Err(e);
+            }
+            _ => {}
         }
         // Over loopback the handshake is over by now. A socket with TCP_DEFER_ACCEPT (Apache's) waits for data.
         if let Err(e) = wake.send(b"\n") {
