@@ -48,6 +48,8 @@ pub(crate) struct Conn {
     pub(crate) deadline: AtomicU64,
     /// Another machine has accepted it from its client.
     pub(crate) guest: AtomicBool,
+    /// A choice among several machines has brought it here, or left it here.
+    pub(crate) placed: AtomicBool,
     /// Moves so far on behalf of the request that comes next.
     pub(crate) moves: AtomicU8,
     /// Index of its delivery, if it was restored here; its closing is reported.
@@ -131,6 +133,7 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.guest.store(deliver.is_some_and(|d| d.guest), Ordering::Relaxed);
+    conn.placed.store(deliver.is_some(), Ordering::Relaxed);
     conn.moves.store(deliver.map_or(0, |d| d.moves), Ordering::Relaxed);
     conn.delivery.store(deliver.map_or(NONE, |d| d.delivery), Ordering::Relaxed);
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);

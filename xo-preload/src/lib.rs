@@ -19,6 +19,7 @@
 mod accept;
 mod alone;
 mod boundary;
+mod choose;
 mod conn;
 mod daemon;
 mod fdtable;
