@@ -150,7 +150,10 @@ impl Engine {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         let (target, address) = match offload.to {
-            Destination::Target { node, address } => (node, Some(address)),
+            Destination::Target { node, address } => {
+                self.targets.wanted(&node, address);
+                (node, Some(address))
+            }
             Destination::Home => (String::new(), None),
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
@@ -246,6 +249,8 @@ impl Engine {
     pub(crate) fn on_refuse(&mut self, index: usize, refuse: &Refuse) {
         if let Some(flow) = self.told_by_its_target(index, refuse.id) {
             log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
+            let (target, handler) = (flow.target.clone(), flow.handler.clone());
+            self.refused_by(&target, &handler, refuse.reason);
             self.host_event(refuse.id, HostEvent::Refused(refuse.reason));
         }
     }
@@ -263,6 +268,9 @@ impl Engine {
             let times = std::mem::take(&mut flow.times);
             let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
             self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
+            if let Some(node) = self.node_of(index) {
+                self.taken_by(&node);
+            }
         }
         self.host_event(handed.id, HostEvent::Handed);
     }
@@ -388,6 +396,10 @@ impl Engine {
             HostAction::Stay(reason) => {
                 stay(flow, reason);
                 self.metrics.refused(reason);
+                if reason == Reason::PeerTimeout {
+                    let target = flow.target.clone();
+                    self.refused_by(&target, "", reason);
+                }
             }
             HostAction::Reset => self.reset(id),
             HostAction::RemoveRedirect => self.remove_redirect(id),

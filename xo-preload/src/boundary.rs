@@ -12,7 +12,7 @@ use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{choose, daemon, init, poll};
+use crate::{choose, daemon, init, policy, poll};
 
 /// Most heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -230,9 +230,10 @@ fn until(conn: &Conn) -> Duration {
 
 /// Asks the policy, and if it says so the daemon.
 fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bool {
-    let Some(policy) = init::active_policy() else { return false };
     // Before the first hello the node's name is not known; rules then name other machines only.
     daemon::open();
+    policy::refresh();
+    let Some(policy) = init::active_policy() else { return false };
     let (to, handler) = match choose::destination(policy, conn, head) {
         Ok(chosen) => chosen,
         Err(why) => {

@@ -2,11 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use xo_proto::board::{ROWS, UP};
 use xo_proto::http::RequestHead;
 use xo_proto::ipc::Destination;
-use xo_proto::policy::{Candidate, Choice, Decision, Here, Pick, Policy, View};
+use xo_proto::policy::{Candidate, Decision, Here, Pick, Policy, View};
 use xo_proto::reason::Reason;
 use xo_proto::slot::Counter;
+use xo_sys::board::Board;
 
 use crate::conn::Conn;
 use crate::daemon;
@@ -16,6 +18,8 @@ const RULES: usize = 64;
 
 /// How often each rule has been asked by this process.
 static TURNS: [AtomicU64; RULES] = [const { AtomicU64::new(0) }; RULES];
+/// For each row of the board, the last report seen (upper half) and the connections sent there since.
+static SENT: [AtomicU64; ROWS] = [const { AtomicU64::new(0) }; ROWS];
 /// See [`random`].
 static SEED: AtomicU64 = AtomicU64::new(0);
 
@@ -25,17 +29,21 @@ pub(crate) fn destination<'p>(
     conn: &Conn,
     head: &RequestHead<'_>,
 ) -> Result<(Destination, &'p str), usize> {
-    let guest = conn.guest.load(Ordering::Relaxed);
-    let here =
-        Here { node: daemon::node(), guest, placed: conn.placed.load(Ordering::Relaxed), recalled: false };
-    let Decision::Choose(choice) = policy.decide(head) else { return Err(Counter::Local as usize) };
-    match choice.pick(&here, &Seen) {
-        Pick::To(Candidate { name, address: Some(address), .. }) => {
+    let seen = Seen::by(conn);
+    let recalled = seen.is_recalled();
+    let Decision::Choose(choice) = policy.decide(head) else {
+        return if recalled { Ok((Destination::Home, "")) } else { Err(Counter::Local as usize) };
+    };
+    let placed = conn.placed.load(Ordering::Relaxed);
+    match choice.pick(&Here { node: daemon::node(), guest: seen.guest, placed, recalled }, &seen) {
+        Pick::To(Candidate { name, address: Some(address), id, .. }) => {
+            seen.sent_to(*id);
             Ok((Destination::Target { node: name.clone(), address: *address }, choice.handler))
         }
         Pick::Home => Ok((Destination::Home, "")),
         Pick::Here | Pick::To(_) => {
-            if is_choice(&choice) {
+            // It could have been another.
+            if choice.candidates.len() > 1 && !placed {
                 conn.placed.store(true, Ordering::Relaxed);
             }
             Err(Counter::Local as usize)
@@ -44,21 +52,59 @@ pub(crate) fn destination<'p>(
     }
 }
 
-/// Could it have been another?
-fn is_choice(choice: &Choice<'_>) -> bool {
-    choice.candidates.len() > 1
+/// What is known here for the good of one connection.
+struct Seen {
+    board: Option<&'static Board>,
+    guest: bool,
+    /// Number of the machine that accepted it.
+    home: u64,
 }
 
-/// What is known here.
-struct Seen;
-
-impl View for Seen {
-    fn is_open(&self, _: &Candidate) -> bool {
-        true
+impl Seen {
+    fn by(conn: &Conn) -> Seen {
+        let guest = conn.guest.load(Ordering::Relaxed);
+        let home = if guest { conn.home.load(Ordering::Relaxed) } else { daemon::node_number() };
+        Seen { board: daemon::board(), guest, home }
     }
 
-    fn load(&self, _: &Candidate) -> u32 {
-        0
+    /// Is it to leave this machine?
+    fn is_recalled(&self) -> bool {
+        self.guest && self.board.is_some_and(|b| b.avoids(self.home, daemon::node_number()))
+    }
+
+    /// A connection goes to this machine: it counts until the machine's own report includes it.
+    fn sent_to(&self, id: u64) {
+        let Some((board, row)) = self.board.and_then(|b| Some((b, b.row(id)?))) else { return };
+        let reports = u64::from(board.load(row).reports) << 32;
+        if let Some(sent) = SENT.get(row) {
+            let count = |known: u64| {
+                Some(if known & !u64::from(u32::MAX) == reports {
+                    known.wrapping_add(1)
+                } else {
+                    reports | 1
+                })
+            };
+            let _ = sent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
+        }
+    }
+}
+
+impl View for Seen {
+    fn is_open(&self, candidate: &Candidate) -> bool {
+        self.board.is_none_or(|b| {
+            b.state(candidate.id) == UP
+                && b.state(candidate.handler_id) == UP
+                && !b.avoids(self.home, candidate.id)
+        })
+    }
+
+    fn load(&self, candidate: &Candidate) -> u32 {
+        let id = if candidate.is_local() { self.home } else { candidate.id };
+        let Some((board, row)) = self.board.and_then(|b| Some((b, b.row(id)?))) else { return 0 };
+        let load = board.load(row);
+        let sent = SENT.get(row).map_or(0, |s| s.load(Ordering::Relaxed));
+        let since = if sent >> 32 == u64::from(load.reports) { sent as u32 } else { 0 };
+        load.connections.saturating_add(since)
     }
 
     fn turn(&self, rule: usize) -> u64 {

@@ -31,6 +31,7 @@ mod io;
 mod lifecycle;
 mod log;
 mod mode;
+mod policy;
 mod poll;
 mod register;
 mod spawn;

@@ -151,7 +151,7 @@ impl Board {
     pub fn policy(&self) -> Option<(u32, String)> {
         let layout = self.get();
         let version = layout.version.load(Ordering::Acquire);
-        if version == 0 || version % 2 != 0 {
+        if version == 0 || !version.is_multiple_of(2) {
             return None;
         }
         let length = (layout.length.load(Ordering::Relaxed) as usize).min(MAX_POLICY);
