@@ -368,7 +368,8 @@ fn give(
     send: impl FnOnce(u32) -> io::Result<()>,
 ) -> io::Result<Place> {
     let library = libraries.get_mut(index).ok_or(ErrorKind::NotFound)?;
-    let delivery = library.take_delivery().ok_or_else(|| io::Error::other("its delivery table is full"))?;
+    let full = || io::Error::new(ErrorKind::StorageFull, "its delivery table is full");
+    let delivery = library.take_delivery().ok_or_else(full)?;
     if let Some(slots) = &library.slots {
         slots.open_delivery(delivery);
     }

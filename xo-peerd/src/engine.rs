@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use log::Level;
 use mio::event::Event;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
@@ -18,7 +19,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
 use xo_bpf_abi::FlowKey;
-use xo_proto::handoff::HostEvent;
+use xo_proto::fresh::Freshness;
+use xo_proto::handoff::{HostEvent, LIMITS};
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -26,6 +28,7 @@ use xo_sys::sock_diag::TcpLookup;
 use xo_sys::tcp_repair::SpareSockets;
 
 use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
+use crate::clock::now_ns;
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -34,6 +37,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::recent::Recent;
 use crate::reload::PolicyFile;
 use crate::restore::Entry;
 use crate::state::State;
@@ -62,6 +66,11 @@ const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
 /// Key of a hand-off on the target: the host's node name and its number there.
 pub(crate) type ServedKey = (Rc<str>, HandoffId);
+
+/// A message that was late by this is not older than what may start a connection, or keep it.
+pub(crate) fn is_fresh(late: Option<Duration>) -> bool {
+    late.is_some_and(|late| late < LIMITS.fresh)
+}
 
 /// What is to happen at a time.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,6 +117,8 @@ pub(crate) struct Engine {
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
     pub(crate) dials: HashMap<String, Dial>,
+    /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
+    pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
     pub(crate) hosted: HashMap<HandoffId, HostFlow>,
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
@@ -116,8 +127,8 @@ pub(crate) struct Engine {
     pub(crate) by_flow: HashMap<FlowKey, ServedKey>,
     /// Connections that came by a detour, by the names that their homes have for them.
     pub(crate) at_home: HashMap<ServedKey, Vec<ServedKey>>,
-    /// Hand-offs that a host asked about before they came.
-    pub(crate) refused: VecDeque<ServedKey>,
+    /// Hand-offs that are not begun (any more): asked about before they came, or over.
+    pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
     /// Deliveries of withdrawn connections, until their processes close them.
@@ -136,6 +147,8 @@ pub(crate) struct Engine {
     /// Counters of processes that are gone.
     pub(crate) past_counters: [u64; COUNTERS],
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    /// Connections wait that could not be accepted: no descriptor was left. Nothing tells when there is one.
+    accept_again: bool,
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
@@ -206,12 +219,13 @@ impl Engine {
             libraries: Slab::new(),
             peers: Slab::new(),
             dials: HashMap::new(),
+            freshness: HashMap::new(),
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
             by_flow: HashMap::new(),
             at_home: HashMap::new(),
-            refused: VecDeque::new(),
+            refused: Recent::default(),
             gone: Vec::new(),
             abandoned: Vec::new(),
             acceptors: Slab::new(),
@@ -226,6 +240,7 @@ impl Engine {
             embedded: parts.embedded,
             past_counters: [0; COUNTERS],
             timers: BinaryHeap::from([Reverse((now + TICK, Timer::Tick))]),
+            accept_again: false,
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
@@ -281,8 +296,8 @@ impl Engine {
 
     fn dispatch(&mut self, event: &Event) {
         match event.token() {
-            IPC_LISTENER => self.accept_libraries(),
-            PEER_LISTENER => self.accept_peers(),
+            IPC_LISTENER => self.accept_libraries(Level::Error),
+            PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
             Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
@@ -340,6 +355,10 @@ impl Engine {
         self.look_for_ends(now);
         self.look_at_targets(now);
         self.look_at_policy(now);
+        if std::mem::take(&mut self.accept_again) {
+            self.accept_libraries(Level::Debug);
+            self.accept_peers(Level::Debug);
+        }
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
@@ -364,7 +383,7 @@ impl Engine {
         self.at(now + TICK, Timer::Tick);
     }
 
-    fn accept_libraries(&mut self) {
+    fn accept_libraries(&mut self, failure: Level) {
         loop {
             match self.ipc_listener.accept() {
                 Ok((socket, _)) => {
@@ -384,17 +403,23 @@ impl Engine {
                     }
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a library's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a library's connection: {e}");
+                }
             }
         }
     }
 
-    fn accept_peers(&mut self) {
+    fn accept_peers(&mut self, failure: Level) {
         while let Some(listener) = &self.peer_listener {
             let (stream, address) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a peer's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a peer's connection: {e}");
+                }
             };
             let result = stream.set_nodelay(true).map_err(PeerError::from).and_then(|()| {
                 let tls = self.tls.as_ref().map(Tls::accept).transpose();
@@ -462,10 +487,8 @@ impl Engine {
             PeerMessage::Moved(moved) => self.on_moved(index, &moved),
             PeerMessage::MovedAck(ack) => self.on_moved_ack(index, &ack),
             PeerMessage::Ping(ping) => {
-                if let Some(peer) = self.peers.get_mut(index) {
-                    // A sample; whether it is late does not matter.
-                    let _ = peer.is_fresh(ping.sent_ns);
-                }
+                // A sample; whether it is late does not matter.
+                let _ = self.lateness(index, ping.sent_ns);
                 self.send_to(index, &PeerMessage::Pong(ping.number));
             }
             PeerMessage::Pong(number) => {
@@ -504,6 +527,13 @@ impl Engine {
     pub(crate) fn connection_to(&self, node: &str) -> Option<usize> {
         let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
         self.peers.iter().filter(|(_, p)| is_it(p)).max_by_key(|(_, p)| p.serial).map(|(i, _)| i)
+    }
+
+    /// How much longer a message of the peer with this stamp was under way than the fastest of late.
+    pub(crate) fn lateness(&mut self, index: usize, sent_ns: u64) -> Option<Duration> {
+        let hello = self.peers.get(index)?.hello.as_ref()?;
+        let samples = self.freshness.entry((Rc::from(hello.node.as_str()), hello.boot_id)).or_default();
+        samples.observe(sent_ns, now_ns())
     }
 
     /// Node name of a peer that has said hello.

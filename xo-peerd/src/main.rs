@@ -17,6 +17,7 @@ mod metrics;
 mod metrics_http;
 mod onward;
 mod peer;
+mod recent;
 mod recover;
 mod reload;
 mod restore;

@@ -60,7 +60,15 @@ pub(crate) fn accept(
     flags: c_int,
     call: impl Fn() -> c_int,
 ) -> c_int {
-    while let Some((deliver, socket)) = register::delivery(fd) {
+    loop {
+        let (deliver, socket) = match register::delivery(fd) {
+            Ok(Some(delivery)) => delivery,
+            Ok(None) => break,
+            Err(errno) => {
+                crate::io::set_errno(errno);
+                return -1;
+            }
+        };
         if is_live(&socket) {
             return hand_out(fd, &deliver, socket, address, len, flags);
         }
@@ -80,14 +88,19 @@ pub(crate) fn accept(
         let Ok((client, _)) = raw::peer_address(accepted) else { return accepted };
         let announced = daemon::is_wake_port(client.port());
         if (announced || register::may_be_woken(fd)) && is_own_address(accepted, client.ip()) {
+            if announced {
+                // First, for it may have the last descriptor, and the restored one needs it.
+                discard(accepted);
+            }
             match daemon::take(client.port()) {
                 Some((deliver, socket)) => {
-                    discard(accepted);
+                    if !announced {
+                        discard(accepted);
+                    }
                     return hand_out(fd, &deliver, socket, address, len, flags);
                 }
                 // Somebody else has it. A blocking server waits on.
                 None if announced => {
-                    discard(accepted);
                     if raw::is_nonblocking(fd) {
                         crate::io::set_errno(libc::EAGAIN);
                         return -1;

@@ -180,6 +180,10 @@ pub(crate) fn share(old: i32, new: i32) {
     if let fdtable::Entry::Connection(index) = entry
         && let Some(conn) = get(index)
     {
+        if !fdtable::has_room_for(new) {
+            // What is done by that number is seen by nobody.
+            return conn.abandon(Reason::Shared);
+        }
         conn.descriptors.fetch_add(1, Ordering::Relaxed);
     }
     fdtable::set(new, entry);
@@ -244,8 +248,11 @@ impl Conn {
         } else {
             daemon::set_followed(FOLLOWED.fetch_sub(1, Ordering::Relaxed).wrapping_sub(1));
         }
-        // A verdict that is still to come finds the slot cleared and is ignored.
-        daemon::clear_slot(index);
+        // A verdict that is still to come finds the slot cleared and is ignored. In a child that has no channel of its
+        // own the slot is the parent's, who may be waiting for it.
+        if daemon::is_ours() {
+            daemon::clear_slot(index);
+        }
         self.kind.store(Kind::Free as u8, Ordering::Release);
         if let Some(mut tracker) = self.write() {
             *tracker = ResponseTracker::default();

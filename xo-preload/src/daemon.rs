@@ -328,8 +328,11 @@ pub(crate) fn wait_slot(slot: u32, timeout: Duration) -> u32 {
         if state != PENDING || raw::monotonic() >= end {
             return state;
         }
-        check();
-        open();
+        // A child waits for what its parent has asked in the parent's table, and would lose it with a channel of its own.
+        if is_ours() {
+            check();
+            open();
+        }
     }
 }
 
@@ -389,6 +392,8 @@ pub(crate) enum Delivery {
     One(Deliver, Fd),
     /// None waits.
     Nothing,
+    /// One waits, and there is no descriptor for it: this errno, as of accept.
+    NoRoom(i32),
     /// None will come any more.
     End,
 }
@@ -396,6 +401,16 @@ pub(crate) enum Delivery {
 /// Looks for a restored connection on a registration's channel.
 pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
+    match raw::peek(channel, buffer.get_mut(..1).unwrap_or_default(), libc::MSG_DONTWAIT) {
+        Ok(0) => return Delivery::End,
+        // The kernel would drop a connection for which there is no descriptor.
+        Ok(_) => match raw::duplicate_low(channel, true) {
+            Ok(_) => {}
+            Err(e) => return Delivery::NoRoom(e.raw_os_error().unwrap_or(libc::EMFILE)),
+        },
+        Err(e) if e.kind() == ErrorKind::WouldBlock => return Delivery::Nothing,
+        Err(_) => return Delivery::End,
+    }
     match fdpass::recv(channel, &mut buffer, libc::MSG_DONTWAIT) {
         Ok((0, _)) => Delivery::End,
         Ok((n, [fd, ..])) => match (decode_local(buffer.get(..n).unwrap_or_default()), fd) {

@@ -8,6 +8,7 @@ pub mod client;
 pub mod content;
 pub mod counters;
 pub mod framer;
+pub mod hazards;
 pub mod hostile;
 pub mod kinds;
 pub mod load;

@@ -119,7 +119,16 @@ fn strict_target_starts_only_after_host_ready() {
     use TargetAction as A;
     assert_eq!(
         actions,
-        [A::Restore, A::SendReady, A::SendReady, A::Start, A::SendHanded, A::SendClosed, A::RemoveRewrite]
+        [
+            A::Restore,
+            A::SendReady,
+            A::SendReady,
+            A::Start,
+            A::SendHanded,
+            A::Confirmed,
+            A::SendClosed,
+            A::RemoveRewrite
+        ]
     );
     let (state, actions) = target(false, &[Begin, Restored(Ok(())), Abort, HostReady]);
     assert_eq!((state, actions.last()), (TargetState::Done, Some(&A::Discard)));
@@ -136,9 +145,9 @@ fn early_target_starts_at_once_and_gives_up_what_is_not_confirmed() {
         assert_eq!(actions[..3], [A::Restore, A::Start, A::SendStarted]);
         (state, actions[3..].to_vec())
     };
-    assert_eq!(run(&[HostReady]), (TargetState::Served, vec![A::SendHanded, A::Keep]));
+    assert_eq!(run(&[HostReady]), (TargetState::Served, vec![A::Keep, A::SendHanded, A::Confirmed]));
     assert_eq!(run(&[Fence { acknowledged: false }]), (TargetState::Done, vec![A::Withdraw]));
-    assert_eq!(run(&[Fence { acknowledged: true }]), (TargetState::Served, vec![A::Keep]));
+    assert_eq!(run(&[Fence { acknowledged: true }]), (TargetState::Served, vec![A::Keep, A::Confirmed]));
     assert_eq!(run(&[Abort, HostReady]), (TargetState::Done, vec![A::Withdraw]));
     assert_eq!(run(&[Query]), (TargetState::Unconfirmed, vec![A::SendStarted]));
     assert_eq!(run(&[HostReady, Fence { acknowledged: false }]).0, TargetState::Served);
