@@ -165,6 +165,10 @@ impl Engine {
             self.acceptors.remove(number);
             return Err(format!("watching a channel: {e}"));
         }
+        if self.acceptors_on(address.port()) == 1 {
+            // Those that it was reported to have nobody for may send connections again.
+            self.report(Instant::now());
+        }
         Ok(())
     }
 

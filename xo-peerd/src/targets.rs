@@ -129,6 +129,16 @@ impl Targets {
         self.known.get(node).is_some_and(|k| k.in_policy || k.wanted.elapsed() < WANTED)
     }
 
+    /// A machine's daemon is there again: what it refused before says nothing now.
+    fn begins_anew(&mut self, node: &str) {
+        let Some(known) = self.known.get_mut(node) else { return };
+        for handler in std::mem::take(&mut known.deserted) {
+            self.board.set_state(handler_id(node, &handler), UP);
+        }
+        known.out_until = None;
+        known.pause = FIRST_PAUSE;
+    }
+
     /// Machines that nobody names any more and that none of these connections is at.
     pub(crate) fn forget_unused(&mut self, in_use: impl Fn(&str) -> bool) {
         let board = &self.board;
@@ -308,6 +318,7 @@ impl Engine {
     /// A peer is there (again): it is told which machines our connections are to leave, and how busy this one is.
     pub(crate) fn tell_peer(&mut self, index: usize, node: &str) {
         self.send_to(index, &PeerMessage::Recall(self.state.draining().to_vec()));
+        self.targets.begins_anew(node);
         self.look_at_target(node, Instant::now());
         self.report(Instant::now());
     }
