@@ -24,7 +24,7 @@ use regex_lite::Regex;
 
 use key::Key;
 
-pub use choice::{Balance, Candidate, Choice, Here, Pick, View};
+pub use choice::{Balance, Candidate, Choice, Here, Idle, Pick, View};
 pub(crate) use key::hashed;
 pub use matching::Decision;
 

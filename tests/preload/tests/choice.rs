@@ -5,32 +5,11 @@ use std::fs;
 use std::time::Duration;
 
 use xo_proto::http::{Head, parse_head};
-use xo_proto::policy::{Candidate, Decision, Here, Pick, Policy, View};
+use xo_proto::policy::{Decision, Here, Idle, Pick, Policy};
 use xo_tests::pool::{self, Crowd, Pool, peerd_says, wait_target};
 use xo_tests::program::wait_for;
 use xo_tests::servers::address;
 use xo_tests::{Bed, Connection};
-
-/// Everything is there and idle.
-struct Quiet;
-
-impl View for Quiet {
-    fn is_open(&self, _: &Candidate) -> bool {
-        true
-    }
-
-    fn load(&self, _: &Candidate) -> u32 {
-        0
-    }
-
-    fn turn(&self, _: usize) -> u64 {
-        0
-    }
-
-    fn random(&self) -> u64 {
-        0
-    }
-}
 
 fn keyed(key: usize) -> String {
     format!("GET /img/1k HTTP/1.1\r\nHost: xo.test\r\nX-Key: key-{key}\r\n\r\n")
@@ -41,7 +20,7 @@ fn named(policy: &Policy, key: usize) -> String {
     let request = keyed(key);
     let Head::Complete(head) = parse_head(request.as_bytes()) else { panic!("{request}") };
     let Decision::Choose(choice) = policy.decide(&head) else { panic!("no rule for {request}") };
-    match choice.pick(&Here { node: "host", ..Here::default() }, &Quiet) {
+    match choice.pick(&Here { node: "host", ..Here::default() }, &Idle) {
         Pick::To(c) => c.name.clone(),
         _ => "host".into(),
     }

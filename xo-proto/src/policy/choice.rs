@@ -86,6 +86,28 @@ pub trait View {
     fn random(&self) -> u64;
 }
 
+/// Everything is there and idle, and nothing has been asked before.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Idle;
+
+impl View for Idle {
+    fn is_open(&self, _: &Candidate) -> bool {
+        true
+    }
+
+    fn load(&self, _: &Candidate) -> u32 {
+        0
+    }
+
+    fn turn(&self, _: usize) -> u64 {
+        0
+    }
+
+    fn random(&self) -> u64 {
+        0
+    }
+}
+
 /// Where a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pick<'p> {

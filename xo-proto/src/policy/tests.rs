@@ -37,32 +37,11 @@ fn head(text: &str) -> RequestHead<'_> {
     }
 }
 
-/// Everything is there and idle.
-struct Quiet;
-
-impl View for Quiet {
-    fn is_open(&self, _: &Candidate) -> bool {
-        true
-    }
-
-    fn load(&self, _: &Candidate) -> u32 {
-        0
-    }
-
-    fn turn(&self, _: usize) -> u64 {
-        0
-    }
-
-    fn random(&self) -> u64 {
-        0
-    }
-}
-
 /// Rule, candidates and handler of a request that leaves the node.
 fn names(policy: &Policy, node: &str, request: &str) -> Option<(usize, Vec<String>, String)> {
     let request = format!("{request}\r\n\r\n");
     let Decision::Choose(choice) = policy.decide(&head(&request)) else { return None };
-    match choice.pick(&Here { node, ..Here::default() }, &Quiet) {
+    match choice.pick(&Here { node, ..Here::default() }, &Idle) {
         Pick::To(_) => {
             let names = choice.candidates.iter().map(|c| c.name.clone()).collect();
             Some((choice.rule, names, choice.handler.to_owned()))
