@@ -53,7 +53,7 @@ impl Channel {
     fn flush(&mut self) -> io::Result<()> {
         while let Some((deliver, fd)) = self.outbox.front() {
             let message = FromDaemon::Deliver(deliver.clone());
-            match ipc::send(self.ours.as_raw_fd(), &message, Some(fd.as_raw_fd())) {
+            match ipc::send(self.ours.as_raw_fd(), &message, &[fd.as_raw_fd()]) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 other => other?,
             }
@@ -164,6 +164,10 @@ impl Engine {
         {
             self.acceptors.remove(number);
             return Err(format!("watching a channel: {e}"));
+        }
+        if self.acceptors_on(address.port()) == 1 {
+            // Those that it was reported to have nobody for may send connections again.
+            self.report(Instant::now());
         }
         Ok(())
     }
@@ -316,7 +320,7 @@ impl Engine {
     pub(crate) fn take(&mut self, index: usize, wake_port: u16) -> Result<(), String> {
         let library = self.libraries.get(index).ok_or("gone")?;
         let Some(waiting) = self.waiting.remove(&wake_port) else {
-            return library.send(&FromDaemon::Nothing, None).map_err(|e| e.to_string());
+            return library.send(&FromDaemon::Nothing, &[]).map_err(|e| e.to_string());
         };
         for table in &waiting.tables {
             table.remove_wake_port(wake_port);
@@ -332,7 +336,7 @@ impl Engine {
         let Some(served) = self.served.get_mut(&waiting.key) else { return Ok(()) };
         served.place = give(&mut self.libraries, index, |delivery| {
             let message = FromDaemon::Deliver(served.deliver(delivery));
-            ipc::send(fd, &message, Some(waiting.socket.as_raw_fd()))
+            ipc::send(fd, &message, &[waiting.socket.as_raw_fd()])
         })?;
         Ok(())
     }

@@ -162,7 +162,10 @@ impl Engine {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         let (target, address) = match offload.to {
-            Destination::Target { node, address } => (node, Some(address)),
+            Destination::Target { node, address } => {
+                self.targets.wanted(&node, address);
+                (node, Some(address))
+            }
             Destination::Home => (String::new(), None),
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
@@ -271,6 +274,8 @@ impl Engine {
             } else {
                 HostEvent::Refused(refuse.reason)
             };
+            let (target, handler) = (flow.target.clone(), flow.handler.clone());
+            self.refused_by(&target, &handler, refuse.reason);
             self.host_event(refuse.id, event);
         }
     }
@@ -288,6 +293,9 @@ impl Engine {
             let times = std::mem::take(&mut flow.times);
             let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
             self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
+            if let Some(node) = self.node_of(index) {
+                self.taken_by(&node);
+            }
         }
         self.host_event(handed.id, HostEvent::Handed);
     }
@@ -418,6 +426,10 @@ impl Engine {
             HostAction::Stay(reason) => {
                 stay(flow, reason);
                 self.metrics.refused(reason);
+                if reason == Reason::PeerTimeout {
+                    let target = flow.target.clone();
+                    self.refused_by(&target, "", reason);
+                }
             }
             HostAction::Reset => self.reset(id),
             HostAction::RemoveRedirect => self.remove_redirect(id),

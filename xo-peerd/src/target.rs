@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use xo_proto::board::node_id;
 use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
@@ -118,7 +119,8 @@ impl Served {
 
     /// What is said with it to the process that accepts it.
     pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
-        Deliver { delivery, client: self.client, guest: !self.origin.here, moves: self.moves }
+        let home = node_id(&self.origin.node);
+        Deliver { delivery, client: self.client, guest: !self.origin.here, home, moves: self.moves }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.

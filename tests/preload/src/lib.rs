@@ -13,6 +13,7 @@ pub mod hostile;
 pub mod kinds;
 pub mod load;
 pub mod plain;
+pub mod pool;
 pub mod program;
 pub mod servers;
 pub mod shards;
