@@ -55,21 +55,6 @@ const POLICIES: [&str; 4] = [
      slots = [\"0-5460\", \"7000\"]\nto = [\"t1\"]\n\06379/redis\0t1=10.3.0.2:7400\0slots=0-5460|7000 => t1",
 ];
 
-/// Each byte is something that happens; see the target.
-/// The order, then each byte is something that happens; see the target.
-const HANDOFFS: [&[u8]; 7] = [
-    // Everything goes well, strict and early.
-    &[0, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
-    &[1, 0x00, 0x02, 0x04, 0x02, 0x04, 0x0c, 0x04, 0x02],
-    // The target cannot restore; is late; the channel breaks after the flip.
-    &[0, 0x00, 0x1d, 0x02, 0x04],
-    &[0, 0x00, 0x02, 0x08, 0x04, 0x09],
-    &[0, 0x00, 0x02, 0x04, 0x0a, 0x09, 0x0b, 0x02, 0x04],
-    // The answer is late, and asked for; the channel breaks before it.
-    &[1, 0x00, 0x02, 0x47, 0x08, 0x02, 0x04, 0x04, 0x02, 0x04],
-    &[1, 0x00, 0x02, 0x0a, 0x47, 0x0b, 0xf7, 0x0e, 0x02, 0x04],
-];
-
 fn peer_messages() -> Vec<PeerMessage> {
     let address: SocketAddr = "[fd00:1::2]:40000".parse().expect("an address");
     let local: SocketAddr = "10.2.0.2:80".parse().expect("an address");
@@ -190,6 +175,19 @@ fn packets() -> Vec<Vec<u8>> {
     ]
 }
 
+/// The world, then what happens: always the first thing that can, but for one mishap.
+fn handoffs() -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for shape in [0b000_0000, 0b000_0001, 0b000_0010, 0b100_0001, 0b111_1101] {
+        for (at, mishap) in [(0, 0), (1, 0), (2, 2), (3, 5), (4, 8), (5, 3), (6, 1)] {
+            let mut choices = vec![[0x10, 0]; 32];
+            choices[at] = [0, mishap];
+            all.push([&[shape, 1], choices.as_flattened()].concat());
+        }
+    }
+    all
+}
+
 fn main() {
     let with = |begin: &'static [u8], texts: &[&str]| -> Vec<Vec<u8>> {
         texts.iter().map(|t| [begin, t.as_bytes()].concat()).collect()
@@ -202,7 +200,7 @@ fn main() {
         ("wire", wire()),
         ("policy", with(&[], &POLICIES)),
         ("packet", packets()),
-        ("handoff", HANDOFFS.iter().map(|h| h.to_vec()).collect()),
+        ("handoff", handoffs()),
     ];
     for (target, seeds) in all {
         let directory = Path::new("seeds").join(target);

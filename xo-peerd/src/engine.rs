@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use log::Level;
 use mio::event::Event;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
@@ -18,7 +19,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use slab::Slab;
 use socket2::Socket;
 use xo_bpf_abi::FlowKey;
-use xo_proto::handoff::HostEvent;
+use xo_proto::fresh::Freshness;
+use xo_proto::handoff::{HostEvent, LIMITS};
 use xo_proto::slot::COUNTERS;
 use xo_proto::wire::{HandoffId, Hello, PeerMessage};
 use xo_sys::replay::RawSender;
@@ -26,6 +28,7 @@ use xo_sys::sock_diag::TcpLookup;
 use xo_sys::tcp_repair::SpareSockets;
 
 use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
+use crate::clock::now_ns;
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
@@ -34,10 +37,13 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::recent::Recent;
+use crate::reload::PolicyFile;
 use crate::restore::Entry;
 use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
+use crate::targets::Targets;
 use crate::tls::Tls;
 
 const IPC_LISTENER: Token = Token(0);
@@ -60,6 +66,11 @@ const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
 /// Key of a hand-off on the target: the host's node name and its number there.
 pub(crate) type ServedKey = (Rc<str>, HandoffId);
+
+/// A message that was late by this is not older than what may start a connection, or keep it.
+pub(crate) fn is_fresh(late: Option<Duration>) -> bool {
+    late.is_some_and(|late| late < LIMITS.fresh)
+}
 
 /// What is to happen at a time.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,10 +111,14 @@ pub(crate) struct Engine {
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
     pub(crate) state: State,
+    pub(crate) targets: Targets,
+    pub(crate) policy: Option<PolicyFile>,
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
     pub(crate) dials: HashMap<String, Dial>,
+    /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
+    pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
     pub(crate) hosted: HashMap<HandoffId, HostFlow>,
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
@@ -112,8 +127,8 @@ pub(crate) struct Engine {
     pub(crate) by_flow: HashMap<FlowKey, ServedKey>,
     /// Connections that came by a detour, by the names that their homes have for them.
     pub(crate) at_home: HashMap<ServedKey, Vec<ServedKey>>,
-    /// Hand-offs that a host asked about before they came.
-    pub(crate) refused: VecDeque<ServedKey>,
+    /// Hand-offs that are not begun (any more): asked about before they came, or over.
+    pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
     /// Deliveries of withdrawn connections, until their processes close them.
@@ -132,9 +147,12 @@ pub(crate) struct Engine {
     /// Counters of processes that are gone.
     pub(crate) past_counters: [u64; COUNTERS],
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    /// Connections wait that could not be accepted: no descriptor was left. Nothing tells when there is one.
+    accept_again: bool,
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
+    hangups: UnixStream,
     /// Told to stop: by then at the latest.
     pub(crate) stop_by: Option<Instant>,
     idle_since: Instant,
@@ -156,11 +174,15 @@ pub(crate) struct Parts {
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
     pub(crate) state: State,
+    pub(crate) targets: Targets,
     pub(crate) first_id: HandoffId,
     pub(crate) mtu: usize,
     pub(crate) ipc_listener: Socket,
     pub(crate) peer_listener: Option<TcpListener>,
+    /// A byte for each SIGTERM and SIGINT.
     pub(crate) signals: UnixStream,
+    /// A byte for each SIGHUP.
+    pub(crate) hangups: UnixStream,
 }
 
 impl Engine {
@@ -173,11 +195,13 @@ impl Engine {
             Interest::READABLE,
         )?;
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
         let waker = Arc::new(Waker::new(registry, WAKER)?);
         let now = Instant::now();
+        let policy = parts.config.policy.take().map(PolicyFile::new);
         Ok(Engine {
             config: parts.config,
             poll: parts.poll,
@@ -189,16 +213,19 @@ impl Engine {
             tls: parts.tls,
             hello: parts.hello,
             state: parts.state,
+            targets: parts.targets,
+            policy,
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
             dials: HashMap::new(),
+            freshness: HashMap::new(),
             hosted: HashMap::new(),
             with_held: Vec::new(),
             served: HashMap::new(),
             by_flow: HashMap::new(),
             at_home: HashMap::new(),
-            refused: VecDeque::new(),
+            refused: Recent::default(),
             gone: Vec::new(),
             abandoned: Vec::new(),
             acceptors: Slab::new(),
@@ -213,9 +240,11 @@ impl Engine {
             embedded: parts.embedded,
             past_counters: [0; COUNTERS],
             timers: BinaryHeap::from([Reverse((now + TICK, Timer::Tick))]),
+            accept_again: false,
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
+            hangups: parts.hangups,
             stop_by: None,
             idle_since: now,
             last_sweep: now,
@@ -228,6 +257,8 @@ impl Engine {
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut busy_until = Instant::now();
+        self.publish_draining();
+        self.publish_policy();
         self.recover();
         self.dial_targets();
         while !self.may_stop() {
@@ -265,8 +296,8 @@ impl Engine {
 
     fn dispatch(&mut self, event: &Event) {
         match event.token() {
-            IPC_LISTENER => self.accept_libraries(),
-            PEER_LISTENER => self.accept_peers(),
+            IPC_LISTENER => self.accept_libraries(Level::Error),
+            PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
             Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
@@ -276,10 +307,15 @@ impl Engine {
         }
     }
 
+    /// Each signal is a byte on its own socket; SIGHUP may come together with others.
     fn on_signal(&mut self) {
         let mut buffer = [0; 16];
-        let _ = self.signals.read(&mut buffer);
-        self.begin_stop();
+        if matches!(self.hangups.read(&mut buffer), Ok(1..)) {
+            self.reload_now();
+        }
+        if matches!(self.signals.read(&mut buffer), Ok(1..)) {
+            self.begin_stop();
+        }
     }
 
     /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
@@ -317,6 +353,12 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        self.look_at_targets(now);
+        self.look_at_policy(now);
+        if std::mem::take(&mut self.accept_again) {
+            self.accept_libraries(Level::Debug);
+            self.accept_peers(Level::Debug);
+        }
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
@@ -325,6 +367,7 @@ impl Engine {
             self.last_sweep = now;
             self.sweep_hosted();
             self.sweep_served(now);
+            self.drop_unneeded();
         }
         if self.config.metrics.is_some() && now.duration_since(self.last_published) > Duration::from_secs(1) {
             self.last_published = now;
@@ -340,7 +383,7 @@ impl Engine {
         self.at(now + TICK, Timer::Tick);
     }
 
-    fn accept_libraries(&mut self) {
+    fn accept_libraries(&mut self, failure: Level) {
         loop {
             match self.ipc_listener.accept() {
                 Ok((socket, _)) => {
@@ -360,17 +403,23 @@ impl Engine {
                     }
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a library's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a library's connection: {e}");
+                }
             }
         }
     }
 
-    fn accept_peers(&mut self) {
+    fn accept_peers(&mut self, failure: Level) {
         while let Some(listener) = &self.peer_listener {
             let (stream, address) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(e) => return log::error!("accepting a peer's connection: {e}"),
+                Err(e) => {
+                    self.accept_again = true;
+                    return log::log!(failure, "accepting a peer's connection: {e}");
+                }
             };
             let result = stream.set_nodelay(true).map_err(PeerError::from).and_then(|()| {
                 let tls = self.tls.as_ref().map(Tls::accept).transpose();
@@ -438,10 +487,8 @@ impl Engine {
             PeerMessage::Moved(moved) => self.on_moved(index, &moved),
             PeerMessage::MovedAck(ack) => self.on_moved_ack(index, &ack),
             PeerMessage::Ping(ping) => {
-                if let Some(peer) = self.peers.get_mut(index) {
-                    // A sample; whether it is late does not matter.
-                    let _ = peer.is_fresh(ping.sent_ns);
-                }
+                // A sample; whether it is late does not matter.
+                let _ = self.lateness(index, ping.sent_ns);
                 self.send_to(index, &PeerMessage::Pong(ping.number));
             }
             PeerMessage::Pong(number) => {
@@ -449,6 +496,8 @@ impl Engine {
                     peer.probed(number);
                 }
             }
+            PeerMessage::Load(load) => self.on_load(index, load),
+            PeerMessage::Recall(nodes) => self.on_recall(index, nodes),
             PeerMessage::Hello(_) => {}
         }
     }
@@ -478,6 +527,13 @@ impl Engine {
     pub(crate) fn connection_to(&self, node: &str) -> Option<usize> {
         let is_it = |p: &Peer| p.hello.as_ref().is_some_and(|h| h.node == node);
         self.peers.iter().filter(|(_, p)| is_it(p)).max_by_key(|(_, p)| p.serial).map(|(i, _)| i)
+    }
+
+    /// How much longer a message of the peer with this stamp was under way than the fastest of late.
+    pub(crate) fn lateness(&mut self, index: usize, sent_ns: u64) -> Option<Duration> {
+        let hello = self.peers.get(index)?.hello.as_ref()?;
+        let samples = self.freshness.entry((Rc::from(hello.node.as_str()), hello.boot_id)).or_default();
+        samples.observe(sent_ns, now_ns())
     }
 
     /// Node name of a peer that has said hello.

@@ -13,6 +13,7 @@ use crossbeam_queue::ArrayQueue;
 use mio::Waker;
 use xo_proto::handoff::TargetEvent;
 use xo_proto::reason::Reason;
+use xo_sys::raw::{self, Fd};
 
 use crate::acceptor::Place;
 use crate::engine::{Engine, ServedKey};
@@ -20,11 +21,23 @@ use crate::engine::{Engine, ServedKey};
 /// Handler processes being started at one time.
 const SPAWN_QUEUE: usize = 1024;
 
+/// Descriptors that starting a process takes, a second one of the connection and a pipe: kept from before the host is
+/// told that the connection can be served here, for then there is no way back.
+pub(crate) struct Reserve(#[expect(dead_code, reason = "only held")] [Fd; 3]);
+
+impl Reserve {
+    /// Takes them.
+    pub(crate) fn take() -> io::Result<Reserve> {
+        Ok(Reserve([raw::open_null()?, raw::open_null()?, raw::open_null()?]))
+    }
+}
+
 impl Engine {
     /// Starts a handler process; its outcome comes to `on_spawned`.
     pub(crate) fn exec(&mut self, key: &ServedKey, command: Vec<String>, socket: OwnedFd) {
-        let Some(served) = self.served.get(key) else { return };
+        let Some(served) = self.served.get_mut(key) else { return };
         let job = Job {
+            reserve: served.reserve.take(),
             node: key.0.to_string(),
             id: key.1,
             command,
@@ -83,6 +96,7 @@ impl Engine {
 }
 
 struct Job {
+    reserve: Option<Reserve>,
     node: String,
     id: u64,
     command: Vec<String>,
@@ -112,6 +126,7 @@ impl Spawner {
             for job in todo {
                 let mut spawned =
                     Spawned { node: job.node, id: job.id, result: Err(io::ErrorKind::Other.into()) };
+                drop(job.reserve);
                 spawned.result = spawn(&job.command, &job.environment, job.socket);
                 while let Err(back) = results.push(spawned) {
                     spawned = back;

@@ -31,8 +31,9 @@ use crate::times::{Times, steps};
 const MAX_QUEUES: usize = 15 << 20;
 /// Most `QUERY`s about one hand-off.
 const MOST_QUESTIONS: u32 = 5;
-/// How long a target that serves a connection, but whose daemon is away, is waited for.
-const RESTART_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a target that serves a connection, but whose daemon is away, is waited for; and how long the library of a
+/// connection that was found is.
+pub(crate) const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// Packets that were sent to this machine before their home redirected them have arrived after so long.
 const LINGER: Duration = Duration::from_secs(1);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
@@ -79,9 +80,13 @@ pub(crate) struct HostFlow {
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
     asked: Option<Instant>,
     /// How often it was asked by `QUERY`.
-    questions: u32,
+    pub(crate) questions: u32,
     /// When this daemon got to know it.
-    since: Instant,
+    pub(crate) since: Instant,
+    /// Found, and its library may still have its socket: nothing is settled before that is known.
+    pub(crate) unseen: bool,
+    /// An answer was put off because of that.
+    pub(crate) put_off: bool,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
     /// Where its packets go, once redirected.
@@ -113,6 +118,8 @@ impl HostFlow {
             asked: None,
             questions: 0,
             since: Instant::now(),
+            unseen: false,
+            put_off: false,
             held: Vec::new(),
             to: None,
             times: Times::default(),
@@ -135,6 +142,11 @@ impl HostFlow {
     pub(crate) fn state(&self) -> HostState {
         self.machine.state()
     }
+
+    /// The client has acknowledged bytes that this host never sent: the target's.
+    fn is_served(&self) -> bool {
+        self.record.as_ref().is_some_and(|r| self.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)))
+    }
 }
 
 impl Engine {
@@ -150,7 +162,10 @@ impl Engine {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         let (target, address) = match offload.to {
-            Destination::Target { node, address } => (node, Some(address)),
+            Destination::Target { node, address } => {
+                self.targets.wanted(&node, address);
+                (node, Some(address))
+            }
             Destination::Home => (String::new(), None),
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
@@ -173,22 +188,22 @@ impl Engine {
         let fd = socket.as_raw_fd();
         let known = tcp_repair::ends(fd).ok().and_then(|ends| {
             let id = self.steer.flow(&flow_key(ends.client, ends.local))?.flow_id;
-            self.hosted.get_mut(&id).map(|flow| (ends, flow))
+            self.hosted.get_mut(&id).map(|flow| (id, ends, flow))
         });
         match known {
-            Some((_, flow)) if flow.to.is_some() => {
-                flow.socket = Some(socket);
-                flow.verdict = Some(verdict);
-                vacate(flow);
-            }
-            Some((ends, flow)) => {
+            Some((id, ends, flow)) => {
                 flow.ends = ends;
+                // For a reset, should the target have lost it.
                 flow.record = tcp_repair::dump(fd, &ends, MAX_QUEUES).ok().map(Box::new);
                 if let Some(record) = &mut flow.record {
                     record.local = flow.public;
                 }
                 flow.socket = Some(socket);
                 flow.verdict = Some(verdict);
+                if flow.to.is_some() {
+                    vacate(flow);
+                }
+                self.seen(id);
             }
             None => {
                 // Settled, or never begun.
@@ -222,6 +237,9 @@ impl Engine {
     /// `TARGET_READY`.
     pub(crate) fn on_target_ready(&mut self, index: usize, ready: &TargetReady) {
         let now = now_ns();
+        if self.puts_off(ready.id) {
+            return;
+        }
         let Some(flow) = self.hosted.get_mut(&ready.id) else {
             // Taken back, or reset: nobody must serve it there.
             return self.send_to(index, &PeerMessage::Abort(ready.id));
@@ -244,9 +262,21 @@ impl Engine {
 
     /// `REFUSE`.
     pub(crate) fn on_refuse(&mut self, index: usize, refuse: &Refuse) {
+        if self.puts_off(refuse.id) {
+            return;
+        }
+        self.collect_held();
         if let Some(flow) = self.told_by_its_target(index, refuse.id) {
             log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
-            self.host_event(refuse.id, HostEvent::Refused(refuse.reason));
+            // Given up there after the client saw a part of the answer: nobody can go on with that.
+            let event = if flow.state() == HostState::Doubt && flow.is_served() {
+                HostEvent::DoubtOver { served: true }
+            } else {
+                HostEvent::Refused(refuse.reason)
+            };
+            let (target, handler) = (flow.target.clone(), flow.handler.clone());
+            self.refused_by(&target, &handler, refuse.reason);
+            self.host_event(refuse.id, event);
         }
     }
 
@@ -263,12 +293,18 @@ impl Engine {
             let times = std::mem::take(&mut flow.times);
             let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
             self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
+            if let Some(node) = self.node_of(index) {
+                self.taken_by(&node);
+            }
         }
         self.host_event(handed.id, HostEvent::Handed);
     }
 
     /// `CLOSED`. A repeated one is acknowledged all the same.
     pub(crate) fn on_closed(&mut self, index: usize, id: HandoffId) {
+        if self.puts_off(id) {
+            return;
+        }
         if !self.hosted.contains_key(&id) {
             self.send_to(index, &PeerMessage::ClosedAck(id));
         } else if self.told_by_its_target(index, id).is_some() {
@@ -293,6 +329,9 @@ impl Engine {
     /// The target has certainly given up what it was not confirmed, unless the client's packets say otherwise.
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
         self.collect_held();
+        if self.waits_for_library(id) {
+            return;
+        }
         let Some(flow) = self.hosted.get(&id) else { return };
         // What counts is the last question: the target may have kept the connection because of it.
         if let Some(left) = flow.asked.and_then(|asked| LIMITS.doubt.checked_sub(asked.elapsed()))
@@ -300,8 +339,7 @@ impl Engine {
         {
             return self.at(Instant::now() + left, Timer::HostDoubt(id));
         }
-        let served =
-            flow.record.as_ref().is_some_and(|r| flow.held.iter().any(|p| p.acknowledges(r.tcp.snd_seq)));
+        let served = flow.is_served();
         if served && flow.since.elapsed() < RESTART_PATIENCE {
             // The client's packets are kept meanwhile, and a daemon that was restarted tells where they are to go.
             return self.at(Instant::now() + LIMITS.answer, Timer::HostDoubt(id));
@@ -319,7 +357,7 @@ impl Engine {
 
     /// The channel to a node is up (again).
     pub(crate) fn peer_back(&mut self, node: &str) {
-        let unsure = [HostState::Redirected, HostState::Doubt];
+        let unsure = [HostState::Redirected, HostState::Offloaded, HostState::Doubt];
         let lost = |f: &HostFlow| f.target == node && unsure.contains(&f.state());
         let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| lost(f)).map(|(id, _)| *id).collect();
         for id in ids {
@@ -388,6 +426,10 @@ impl Engine {
             HostAction::Stay(reason) => {
                 stay(flow, reason);
                 self.metrics.refused(reason);
+                if reason == Reason::PeerTimeout {
+                    let target = flow.target.clone();
+                    self.refused_by(&target, "", reason);
+                }
             }
             HostAction::Reset => self.reset(id),
             HostAction::RemoveRedirect => self.remove_redirect(id),
@@ -403,7 +445,7 @@ impl Engine {
         None
     }
 
-    fn connection_of(&self, id: HandoffId) -> Option<usize> {
+    pub(crate) fn connection_of(&self, id: HandoffId) -> Option<usize> {
         let flow = self.hosted.get(&id)?;
         self.connection_to(&flow.target)
     }
@@ -458,12 +500,24 @@ impl Engine {
     fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
         // What was held goes first, so that it is not overtaken by what comes after the flip.
         self.send_late(id, to);
-        self.replay_all_held(id, Some(to));
+        self.collect_held();
         let flow = self.hosted.get_mut(&id)?;
         let peer = self.state.number(&flow.target, flow.address);
-        if let Err(e) = self.steer.redirect(&flow.key, id, (peer, flow.hop), to) {
-            log::error!("redirecting {}: {e}", flow.client);
-            return Some(HostEvent::RedirectFailed);
+        let hop = flow.hop;
+        let failed = |client, e| {
+            log::error!("redirecting {client}: {e}");
+            Some(HostEvent::RedirectFailed)
+        };
+        // A target that gets an acknowledgement keeps the connection: the next daemon must not take it back.
+        if !flow.held.is_empty()
+            && let Err(e) = self.steer.commit(&flow.key, id, (peer, hop), to)
+        {
+            return failed(flow.client, e);
+        }
+        self.replay_all_held(id, Some(to));
+        let flow = self.hosted.get_mut(&id)?;
+        if let Err(e) = self.steer.redirect(&flow.key, id, (peer, hop), to) {
+            return failed(flow.client, e);
         }
         flow.to = Some(to);
         flow.times.redirected = now_ns();

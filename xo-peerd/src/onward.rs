@@ -14,6 +14,7 @@ use xo_proto::wire::{HandoffId, Home, Moved, MovedAck, PeerMessage};
 
 use crate::acceptor::Place;
 use crate::engine::{Engine, ServedKey, Timer};
+use crate::restore::Entry;
 use crate::steer::flow_key;
 use crate::target::Served;
 
@@ -128,7 +129,9 @@ impl Engine {
         if served.shortcut.is_open() {
             return self.at(Instant::now() + PATIENCE, Timer::Detour(key.clone()));
         }
+        self.remove_entry(key);
         let Some(served) = self.served.remove(key) else { return };
+        self.not_again(key.clone());
         self.hopeless(served.parked);
         let name = served.origin.name();
         if let Some(keys) = self.at_home.get_mut(&name) {
@@ -194,6 +197,11 @@ impl Engine {
     fn come_home(&mut self, key: &ServedKey) {
         let Some(served) = self.served.get_mut(key) else { return };
         let (id, known_as) = (served.origin.id, flow_key(served.client, served.local));
+        if let Some(Entry::Deliver(flow)) = served.entry
+            && let Err(e) = self.steer.note_home(&flow, key.1)
+        {
+            log::error!("noting that a connection from {} is home: {e}", key.0);
+        }
         let place = std::mem::replace(&mut served.place, Place::None);
         self.abandoned.push(place);
         self.by_flow.remove(&known_as);

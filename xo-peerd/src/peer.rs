@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use mio::net::TcpStream;
 use rustls::Connection;
 use xo_proto::frame::{FrameError, decode_peer, encode_peer};
-use xo_proto::fresh::Freshness;
 use xo_proto::handoff::LIMITS;
 use xo_proto::wire::{Hello, MAGIC, PeerMessage, Ping, VERSION};
 
@@ -54,8 +53,6 @@ pub(crate) struct Peer {
     pub(crate) dialled: Option<(String, SocketAddr)>,
     /// The TCP connection is established.
     pub(crate) connected: bool,
-    /// How long the peer's messages are under way.
-    freshness: Freshness,
     /// When the peer was last heard of.
     heard: Instant,
     /// The probe under way.
@@ -89,7 +86,6 @@ impl Peer {
             hello: None,
             dialled,
             connected,
-            freshness: Freshness::default(),
             heard: Instant::now(),
             probe: None,
             probes: 0,
@@ -126,11 +122,6 @@ impl Peer {
     /// Closing it is to drop what is still to be sent: an old message must not arrive late.
     pub(crate) fn discard_unsent(&self) {
         let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
-    }
-
-    /// A message of the peer with this stamp is not older than what may start a connection.
-    pub(crate) fn is_fresh(&mut self, sent_ns: u64) -> bool {
-        self.freshness.observe(sent_ns, now_ns()).is_some_and(|late| late < LIMITS.fresh)
     }
 
     /// The channel is quick enough for the early order.

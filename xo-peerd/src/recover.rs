@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use xo_bpf_abi::{Action, FlowEntry, FlowKey, RewriteEntry};
 use xo_proto::handoff::{
-    GuestEvent, Host, HostState, LIMITS, ShortcutEvent, Target, TargetEvent, TargetState,
+    GuestEvent, Host, HostEvent, HostState, LIMITS, ShortcutEvent, Target, TargetEvent, TargetState,
 };
 use xo_proto::reason::Reason;
-use xo_proto::wire::{PeerMessage, Refuse};
+use xo_proto::wire::{HandoffId, PeerMessage, Refuse};
 use xo_sys::tcp_repair::Ends;
 
 use crate::engine::{Engine, ServedKey, Timer};
-use crate::host::HostFlow;
+use crate::host::{HostFlow, RESTART_PATIENCE};
 use crate::onward::{Origin, PATIENCE as DETOUR_PATIENCE};
 use crate::restore::Entry;
 use crate::steer;
@@ -35,6 +35,8 @@ impl Engine {
         for (key, entry) in ends {
             self.recover_returned(key, &entry);
         }
+        // What the ring holds for redirected flows.
+        self.drain_held();
         if !self.hosted.is_empty() || !self.served.is_empty() || !self.gone.is_empty() {
             log::info!(
                 "found {} connections offloaded from here and {} served here, {} that ended meanwhile",
@@ -51,7 +53,8 @@ impl Engine {
             let _ = self.steer.remove_flow(&key, entry.flow_id);
             return;
         };
-        let redirected = entry.action == Action::Redirect as u32;
+        // With an address, what was held is on its way there: the target may rely on it.
+        let redirected = entry.action == Action::Redirect as u32 || entry.to_port != 0;
         let ends = Ends {
             client: steer::address(key.remote, key.remote_port),
             local: steer::address(key.local, key.local_port),
@@ -66,16 +69,72 @@ impl Engine {
                 self.target_event(&guest, &TargetEvent::Guest(GuestEvent::Left));
             }
         }
+        // Its library, if it is still there, brings the socket. The target knows whether it serves it.
+        flow.unseen = true;
+        let mut patience = LIMITS.doubt;
         if redirected {
-            flow.to = Some(steer::address(entry.to_addr, entry.to_port));
-        } else {
-            // Its library, if it is still there, brings the socket. The target knows whether it serves it.
-            self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(entry.flow_id));
+            let to = steer::address(entry.to_addr, entry.to_port);
+            flow.to = Some(to);
+            patience = RESTART_PATIENCE;
+            let hop = entry.hop.into();
+            if entry.action == Action::Hold as u32
+                && let Err(e) = self.steer.redirect(&key, entry.flow_id, (entry.peer, hop), to)
+            {
+                log::error!("redirecting {}: {e}", flow.client);
+            }
         }
+        self.at(Instant::now() + patience, Timer::HostDoubt(entry.flow_id));
         self.hosted.insert(entry.flow_id, flow);
         if let Some(address) = target.address {
             self.want(&target.name, address);
         }
+    }
+
+    /// The socket of a connection that was found has been shown, or never will be: asks for what was put off.
+    pub(crate) fn seen(&mut self, id: HandoffId) {
+        let connected = self.connection_of(id).is_some();
+        let Some(flow) = self.hosted.get_mut(&id) else { return };
+        (flow.unseen, flow.questions) = (false, 0);
+        let again = std::mem::take(&mut flow.put_off) && connected;
+        if flow.state() == HostState::Doubt {
+            self.at(Instant::now() + LIMITS.doubt, Timer::HostDoubt(id));
+        }
+        if again {
+            self.host_event(id, HostEvent::PeerBack);
+        }
+    }
+
+    /// The target's word on a connection whose socket the library may still show: not yet.
+    pub(crate) fn puts_off(&mut self, id: HandoffId) -> bool {
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.unseen) else { return false };
+        flow.put_off = true;
+        if flow.state() == HostState::Doubt {
+            self.at(Instant::now() + LIMITS.answer, Timer::HostDoubt(id));
+        }
+        true
+    }
+
+    /// Is the library still waited for? Meanwhile the target is asked again and again, so that it does not give up what it
+    /// has started.
+    pub(crate) fn waits_for_library(&mut self, id: HandoffId) -> bool {
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.unseen) else { return false };
+        let left = RESTART_PATIENCE.saturating_sub(flow.since.elapsed());
+        let redirected = flow.to.is_some();
+        if left.is_zero() {
+            if redirected {
+                self.seen(id);
+            }
+            return redirected;
+        }
+        let again = flow.put_off && !redirected;
+        if again {
+            (flow.put_off, flow.questions) = (false, 0);
+        }
+        self.at(Instant::now() + left, Timer::HostDoubt(id));
+        if again {
+            self.host_event(id, HostEvent::PeerBack);
+        }
+        true
     }
 
     fn recover_served(&mut self, key: FlowKey, entry: &RewriteEntry) {
@@ -90,7 +149,9 @@ impl Engine {
             (steer::address(key.remote, key.remote_port), steer::address(key.local, key.local_port));
         let served_key: ServedKey = (Rc::from(from.as_str()), entry.flow_id);
         let origin = Origin::recovered(&home, entry.home_id, entry.hop, false);
-        let has_left = self.steer.flow(&key).is_some_and(|e| e.action == Action::Redirect as u32);
+        // It may not have been noted yet.
+        let redirected = |e: FlowEntry| e.action == Action::Redirect as u32;
+        let has_left = entry.left != 0 || self.steer.flow(&key).is_some_and(redirected);
         // A look-up that fails says nothing: the connection is watched like one that is there.
         if !has_left && matches!(self.diag.state(local, client), Ok(None)) {
             // It was in repair mode, or has ended meanwhile. Its entry goes when its host has been told.
@@ -102,7 +163,12 @@ impl Engine {
             return;
         }
         let public = steer::address(entry.from_addr, entry.from_port);
-        let mut served = Served::new(Target::recovered(), origin, &handler, client, public);
+        let machine = if has_left {
+            Target::recovered_left(self.steer.flow(&key).is_some())
+        } else {
+            Target::recovered()
+        };
+        let mut served = Served::new(machine, origin, &handler, client, public);
         served.local = local;
         served.entrance = local;
         served.entry = Some(Entry::Rewrite(key));
@@ -110,7 +176,8 @@ impl Engine {
         served.shortcut.on(ShortcutEvent::Confirmed);
         served.watch();
         self.by_flow.insert(key, served_key.clone());
-        self.insert_served(served_key, served);
+        self.insert_served(served_key.clone(), served);
+        self.forget_served(&served_key);
     }
 
     /// The end of the detour of a connection that has come home, or that was about to.
@@ -125,7 +192,8 @@ impl Engine {
         let public = steer::address(entry.to_addr, entry.to_port);
         let served_key: ServedKey = (Rc::from(from.name.as_str()), entry.flow_id);
         let its = |f: &&HostFlow| f.client == client && f.local == public && f.is_away();
-        let away = self.hosted.iter().find(|(_, f)| its(f)).map(|(id, f)| (*id, f.hop));
+        let waits = entry.hop != 0;
+        let away = self.hosted.iter().find(|(_, f)| waits && its(f)).map(|(id, f)| (*id, f.hop));
         if away.is_some() && matches!(self.diag.state(public, client), Ok(None)) {
             return self.gone.push((served_key, Entry::Deliver(key), entry.flow_id));
         }

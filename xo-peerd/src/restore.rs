@@ -12,6 +12,7 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey};
+use crate::exec::Reserve;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
 /// Ports tried for the end of a detour.
@@ -43,6 +44,9 @@ impl Engine {
     pub(crate) fn restore(&mut self, key: &ServedKey) -> Result<(), Reason> {
         if self.is_stopping() {
             return Err(Reason::Stopping);
+        }
+        if self.served.get(key).is_some_and(|s| self.is_recalled(&s.origin)) {
+            return Err(Reason::TargetUnwilling);
         }
         let begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
         self.plan(key, &begin).and_then(|plan| self.carry_out(key, &begin, plan)).map_err(|(reason, text)| {
@@ -83,23 +87,29 @@ impl Engine {
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
             }
             HandlerMode::Exec { .. } => {
+                let reserve = Reserve::take()
+                    .map_err(|e| (Reason::TargetUnwilling, format!("starting a process: {e}")))?;
+                if let Some(served) = self.served.get_mut(key) {
+                    served.reserve = Some(reserve);
+                }
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let ip = specific(any, client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, public.port())), SocketAddr::new(any, 0), None)
             }
         };
         let bind = if here { Some(public) } else { bind }.ok_or_else(|| {
-            (Reason::TargetUnwilling, "no address of the client's family in `addresses`".to_owned())
+            (Reason::RestoreFailed, "no address of the client's family in `addresses`".to_owned())
         })?;
         Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4() })
     }
 
     fn carry_out(&mut self, key: &ServedKey, begin: &BeginOffload, plan: Plan) -> Result<(), Refusal> {
         let gone = || (Reason::Closed, String::new());
-        let begun_ns = self.served.get(key).ok_or_else(gone)?.begun_ns;
+        let (begun_ns, late) = self.served.get(key).map(|s| (s.begun_ns, s.late)).ok_or_else(gone)?;
         let here = self.served.get(key).is_some_and(|s| s.origin.here);
         let t0 = now_ns();
-        let elapsed = Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(begun_ns));
+        // What the message waited on its way is part of it: a client drops what a slow clock has stamped (RFC 7323, 5.3).
+        let elapsed = late + Duration::from_nanos(begin.elapsed_ns + t0.saturating_sub(begun_ns));
         let restored = if here {
             let at_home =
                 tcp_repair::restore(&begin.record, plan.bind, plan.v6_socket, elapsed, &mut self.spare);

@@ -153,8 +153,19 @@ impl Steer {
         Ok(())
     }
 
+    /// The flow's packets are held on, but it can only be redirected now: to this address.
+    pub(crate) fn commit(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        (peer, hop): (u32, u32),
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, (peer, hop), Action::Hold, to)
+    }
+
     /// Turns a held flow into a redirected one, or points a redirected one elsewhere: one map update, so there is no
-    /// moment in between. That the client has closed stays known.
+    /// moment in between.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
@@ -162,10 +173,22 @@ impl Steer {
         (peer, hop): (u32, u32),
         to: SocketAddr,
     ) -> Result<(), SteerError> {
+        self.direct(key, flow_id, (peer, hop), Action::Redirect, to)
+    }
+
+    /// That the client has closed stays known.
+    fn direct(
+        &mut self,
+        key: &FlowKey,
+        flow_id: u64,
+        (peer, hop): (u32, u32),
+        action: Action,
+        to: SocketAddr,
+    ) -> Result<(), SteerError> {
         let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
             return Err(SteerError::NotOurs);
         };
-        let mut entry = flow_entry(Action::Redirect, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        let mut entry = flow_entry(action, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.flags = held.flags;
         entry.last_ns = held.last_ns;
         entry.hop = hop as u16;
@@ -182,10 +205,23 @@ impl Steer {
         peer: u32,
         to: SocketAddr,
     ) -> Result<(), SteerError> {
-        let entry = flow_entry(Action::Deliver, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        let mut entry = flow_entry(Action::Deliver, flow_id, peer, mapped(to.ip()), to.port().to_be());
+        entry.hop = 1;
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
         self.entries += 1;
         Ok(())
+    }
+
+    /// Notes for the next daemon that a connection is home for sure.
+    pub(crate) fn note_home(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
+        let entry = self.flow(key).filter(|e| e.flow_id == flow_id).ok_or(SteerError::NotOurs)?;
+        insert(&mut self.flows, key, &FlowEntry { hop: 0, ..entry }, EXIST)
+    }
+
+    /// Notes for the next daemon that a connection has left.
+    pub(crate) fn note_left(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
+        let entry = self.rewrite_entry(key).filter(|e| e.flow_id == flow_id).ok_or(SteerError::NotOurs)?;
+        insert(&mut self.rewrites, key, &RewriteEntry { left: 1, ..entry }, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.
@@ -222,6 +258,8 @@ impl Steer {
             home_id: owner.home_id,
             home_peer: owner.home_peer,
             hop: owner.hop,
+            left: 0,
+            pad: 0,
         };
         insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
         self.entries += 1;

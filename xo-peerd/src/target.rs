@@ -1,9 +1,11 @@
 //! The target's side of a hand-off: carries out what `xo_proto::handoff::Target` decides.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use xo_proto::board::node_id;
 use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
@@ -13,15 +15,14 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey, Timer, is_fresh};
+use crate::exec::Reserve;
 use crate::onward::Origin;
 use crate::restore::Entry;
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
-/// Hand-offs remembered as refused before they came.
-const MOST_REFUSED: usize = 4096;
 /// First and longest pause between two looks whether the kernel has forgotten a closed connection.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
@@ -46,6 +47,8 @@ pub(crate) struct Served {
     /// Name of the handler.
     pub(crate) handler: String,
     pub(crate) mode: Option<HandlerMode>,
+    /// What starting its process takes, for mode `exec`.
+    pub(crate) reserve: Option<Reserve>,
     pub(crate) acceptor: Option<usize>,
     /// The client.
     pub(crate) client: SocketAddr,
@@ -62,6 +65,8 @@ pub(crate) struct Served {
     ending: Option<(Instant, Duration)>,
     pub(crate) ready: Option<TargetReady>,
     pub(crate) begun_ns: u64,
+    /// How much longer than usual `BEGIN_OFFLOAD` was under way.
+    pub(crate) late: Duration,
     host_ready_ns: u64,
     started_ns: Option<u64>,
     /// It is in the metrics.
@@ -92,6 +97,7 @@ impl Served {
             answers: 0,
             handler: handler.to_owned(),
             mode: None,
+            reserve: None,
             acceptor: None,
             client,
             local: host,
@@ -102,6 +108,7 @@ impl Served {
             ending: None,
             ready: None,
             begun_ns: 0,
+            late: Duration::ZERO,
             host_ready_ns: 0,
             started_ns: None,
             counted: false,
@@ -112,7 +119,8 @@ impl Served {
 
     /// What is said with it to the process that accepts it.
     pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
-        Deliver { delivery, client: self.client, guest: !self.origin.here, moves: self.moves }
+        let home = node_id(&self.origin.node);
+        Deliver { delivery, client: self.client, guest: !self.origin.here, home, moves: self.moves }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
@@ -132,7 +140,8 @@ impl Engine {
         let begun_ns = now_ns();
         let Some(node) = self.node_of(index) else { return };
         let key = (node, begin.id);
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(begin.sent_ns));
+        let late = self.lateness(index, begin.sent_ns);
+        let fresh = is_fresh(late);
         if self.refused.contains(&key) {
             // The host has asked about it before it came, on another channel: it is not begun any more.
             return;
@@ -146,9 +155,13 @@ impl Engine {
             let mut served =
                 Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
             served.begun_ns = begun_ns;
+            served.late = late.unwrap_or_default();
             served.moves = begin.moves;
             served.begin = Some(begin);
             self.insert_served(key.clone(), served);
+        } else if !fresh {
+            // A repeated one; if it is old, it must not keep the connection alive either.
+            return;
         }
         self.target_event(&key, &TargetEvent::Begin);
     }
@@ -158,7 +171,11 @@ impl Engine {
         let id = message.id;
         let Some(node) = self.node_of(index) else { return };
         let key = (node, id);
-        if let Some(served) = self.served.get_mut(&key) {
+        let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
+        if moved_on || self.at_home.contains_key(&key) {
+            // It has been here, or is, by a way that the sender need not know.
+            self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
+        } else if let Some(served) = self.served.get_mut(&key) {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
             let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
@@ -177,7 +194,7 @@ impl Engine {
 
     /// `QUERY`.
     pub(crate) fn on_query(&mut self, index: usize, query: Query) {
-        let fresh = self.peers.get_mut(index).is_some_and(|p| p.is_fresh(query.sent_ns));
+        let fresh = is_fresh(self.lateness(index, query.sent_ns));
         let Some(node) = self.node_of(index) else { return };
         let key = (node, query.id);
         if self.served.contains_key(&key) {
@@ -187,10 +204,7 @@ impl Engine {
             }
             return;
         }
-        self.refused.push_back(key);
-        if self.refused.len() > MOST_REFUSED {
-            self.refused.pop_front();
-        }
+        self.not_again(key);
         let detail = "no such hand-off".into();
         self.send_to(
             index,
@@ -270,6 +284,11 @@ impl Engine {
         self.forget_served(key);
     }
 
+    /// The hand-off is not begun any more, should `BEGIN_OFFLOAD` come (again).
+    pub(crate) fn not_again(&mut self, key: ServedKey) {
+        self.refused.add(key);
+    }
+
     fn target_action(&mut self, key: &ServedKey, action: TargetAction) -> Option<TargetEvent> {
         match action {
             TargetAction::Restore => return Some(TargetEvent::Restored(self.restore(key))),
@@ -292,8 +311,8 @@ impl Engine {
                 if let Some(served) = self.served.get_mut(key) {
                     served.kept = None;
                 }
-                self.confirmed(key);
             }
+            TargetAction::Confirmed => self.confirmed(key),
             TargetAction::Withdraw => self.withdraw(key),
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
@@ -305,7 +324,18 @@ impl Engine {
                 self.send_closed(key);
                 self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
             }
-            TargetAction::RemoveRewrite => self.remove_entry(key),
+            TargetAction::RemoveRewrite => {
+                if !self.served.get(key).is_some_and(|s| s.shortcut.is_open()) {
+                    self.remove_entry(key);
+                }
+            }
+            TargetAction::NoteLeft => {
+                if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
+                    && let Err(e) = self.steer.note_left(&flow, key.1)
+                {
+                    log::error!("noting that a connection of {} has left: {e}", key.0);
+                }
+            }
         }
         None
     }
@@ -342,7 +372,8 @@ impl Engine {
                 };
                 if let Err(e) = self.attach(key, port, acceptor, client, passed) {
                     log::warn!("handing the connection of {client} over: {e}");
-                    return Some(Err(Reason::NoHandler));
+                    let full = e.kind() == ErrorKind::StorageFull;
+                    return Some(Err(if full { Reason::TableFull } else { Reason::NoHandler }));
                 }
                 let socket = match live(restored) {
                     Ok(socket) => socket,
@@ -423,7 +454,6 @@ impl Engine {
         let Some(served) = self.served.get_mut(key) else { return };
         let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
         self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
-        self.confirmed(key);
     }
 
     /// Starts to look whether the kernel has forgotten the connection.

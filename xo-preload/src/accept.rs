@@ -14,7 +14,7 @@ use xo_sys::tcp_repair;
 
 use crate::conn;
 use crate::fdtable::{self, Entry};
-use crate::{daemon, init, lifecycle, register};
+use crate::{daemon, init, lifecycle, policy, register};
 
 /// A connection that was passed on leaves repair mode in a moment: yield, then pause, then give up.
 const SPIN: Duration = Duration::from_millis(1);
@@ -24,12 +24,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
 pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
+    policy::refresh();
     match fdtable::get(fd) {
         Entry::Listener(port) => Some(port),
         Entry::Other | Entry::Connection(_) => None,
         Entry::None | Entry::Epoll => {
             init::active_policy()?;
-            let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| init::tracks(*p));
+            let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| policy::names(*p));
             fdtable::set(fd, port.map_or(Entry::Other, Entry::Listener));
             port
         }
@@ -60,7 +61,15 @@ pub(crate) fn accept(
     flags: c_int,
     call: impl Fn() -> c_int,
 ) -> c_int {
-    while let Some((deliver, socket)) = register::delivery(fd) {
+    loop {
+        let (deliver, socket) = match register::delivery(fd) {
+            Ok(Some(delivery)) => delivery,
+            Ok(None) => break,
+            Err(errno) => {
+                crate::io::set_errno(errno);
+                return -1;
+            }
+        };
         if is_live(&socket) {
             return hand_out(fd, &deliver, socket, address, len, flags);
         }
@@ -80,14 +89,19 @@ pub(crate) fn accept(
         let Ok((client, _)) = raw::peer_address(accepted) else { return accepted };
         let announced = daemon::is_wake_port(client.port());
         if (announced || register::may_be_woken(fd)) && is_own_address(accepted, client.ip()) {
+            if announced {
+                // First, for it may have the last descriptor, and the restored one needs it.
+                discard(accepted);
+            }
             match daemon::take(client.port()) {
                 Some((deliver, socket)) => {
-                    discard(accepted);
+                    if !announced {
+                        discard(accepted);
+                    }
                     return hand_out(fd, &deliver, socket, address, len, flags);
                 }
                 // Somebody else has it. A blocking server waits on.
                 None if announced => {
-                    discard(accepted);
                     if raw::is_nonblocking(fd) {
                         crate::io::set_errno(libc::EAGAIN);
                         return -1;
@@ -97,8 +111,8 @@ pub(crate) fn accept(
                 None => {}
             }
         }
-        if client.ip().is_loopback() {
-            // Nothing on the way of a loopback connection can be steered.
+        // Nothing on the way of a loopback connection can be steered.
+        if client.ip().is_loopback() || !is_followed(fd) {
             return accepted;
         }
         daemon::count(Counter::Accepted as usize);
@@ -112,6 +126,12 @@ pub(crate) fn accept(
         lifecycle::tracking();
         return accepted;
     }
+}
+
+/// Does the policy in force say that new connections of this listening socket are followed? (It may have been another
+/// when the socket was first seen.)
+fn is_followed(listener: c_int) -> bool {
+    matches!(fdtable::get(listener), Entry::Listener(port) if policy::follows(port))
 }
 
 /// The daemon takes a connection out of repair mode right after passing it on, unless it died in between. It may not
@@ -133,8 +153,7 @@ fn is_live(socket: &Fd) -> bool {
 
 /// What is spoken on a tracked listening socket.
 fn protocol(listener: c_int) -> Protocol {
-    let port = tracked_port(listener).unwrap_or_default();
-    init::active_policy().map_or(Protocol::default(), |p| p.protocol(port))
+    tracked_port(listener).map_or(Protocol::default(), policy::protocol)
 }
 
 /// Closes a wake-up connection. The byte on it is for listening sockets that defer accept until there is data.

@@ -1,20 +1,21 @@
 //! At a request's boundary: look at the head without taking it, and decide.
 
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libc::iovec;
 use xo_proto::http::{Head, MAX_HEAD, Method, RequestTracker, parse_head};
-use xo_proto::ipc::{Destination, Offload};
-use xo_proto::policy::Decision;
+use xo_proto::ipc::Offload;
+use xo_proto::policy::Policy;
 use xo_proto::protocol::{Progress, Request, Requests, Responses};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
+use crate::choose::{self, Chosen};
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, poll, redis};
+use crate::{daemon, init, policy, poll, redis};
 
 /// Most HTTP heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -25,8 +26,6 @@ pub(crate) const ESTABLISHED: u8 = 1;
 const MOST_MOVES: u8 = 3;
 /// After this long without a verdict, is the daemon still there? Its own limits are below.
 const VERDICT: Duration = Duration::from_secs(5);
-
-static TURN: AtomicUsize = AtomicUsize::new(0);
 
 /// What a read at a boundary comes to.
 pub(crate) enum Outcome {
@@ -295,38 +294,33 @@ pub(crate) fn responses_are_out(conn: &Conn) {
     }
 }
 
-/// Does the policy send a request away from this machine, whatever machine it is?
-pub(crate) fn leads_away<'r>(conn: &Conn, request: impl Into<Request<'r>>) -> bool {
-    let Some(policy) = init::active_policy() else { return false };
-    match policy.decide(request, daemon::node()) {
-        Decision::To { .. } => true,
-        Decision::Local => conn.guest.load(Ordering::Relaxed),
-        Decision::Here | Decision::Unmatched => false,
-    }
-}
-
 fn until(conn: &Conn) -> Duration {
     let deadline = Duration::from_nanos(conn.deadline.load(Ordering::Relaxed));
     deadline.saturating_sub(raw::monotonic())
 }
 
 /// Asks the policy, and if it says so the daemon.
-pub(crate) fn wants_to_move(fd: i32, conn: &Conn, index: u32, request: Request<'_>) -> bool {
-    let Some(policy) = init::active_policy() else { return false };
+fn wants_to_move(fd: i32, conn: &Conn, index: u32, request: Request<'_>) -> bool {
+    let Some(policy) = policy_now() else { return false };
+    match choose::destination(policy, conn, request) {
+        Ok(chosen) => ask(fd, conn, index, &chosen),
+        Err(why) => {
+            daemon::count(why);
+            false
+        }
+    }
+}
+
+/// The policy by which a request that comes now is decided about.
+pub(crate) fn policy_now() -> Option<&'static Policy> {
     // Before the first hello the node's name is not known; rules then name other machines only.
     daemon::open();
-    let (to, handler) = match policy.decide(request, daemon::node()) {
-        Decision::To { targets, handler, .. } => {
-            let turn = TURN.fetch_add(1, Ordering::Relaxed);
-            let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
-            (Destination::Target { node: target.name.clone(), address: target.address }, handler)
-        }
-        Decision::Local if conn.guest.load(Ordering::Relaxed) => (Destination::Home, ""),
-        Decision::Local | Decision::Here | Decision::Unmatched => {
-            daemon::count(Counter::Local as usize);
-            return false;
-        }
-    };
+    policy::refresh();
+    init::active_policy()
+}
+
+/// Asks the daemon to move the connection; is it on its way to an answer?
+pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool {
     let moves = conn.moves.load(Ordering::Relaxed);
     if moves >= MOST_MOVES {
         daemon::count(Reason::MovedTooOften as usize);
@@ -345,8 +339,8 @@ pub(crate) fn wants_to_move(fd: i32, conn: &Conn, index: u32, request: Request<'
     let asked = daemon::offload(fd, index, still, |generation| Offload {
         slot: index,
         generation,
-        to,
-        handler: handler.to_owned(),
+        to: chosen.to.clone(),
+        handler: chosen.handler.to_owned(),
         moves,
         decided_ns,
     });

@@ -89,17 +89,25 @@ unsafe fn selected<'a>(count: c_int, set: *const fd_set) -> impl Iterator<Item =
     (0..end).filter(move |fd| unsafe { libc::FD_ISSET(*fd, set) })
 }
 
-/// Does the message carry descriptors? Then another process may use the connection too.
+/// Leaves alone the connections whose descriptors the message carries: another process may use them, too.
 ///
 /// # Safety
 /// Null or a valid message.
-unsafe fn passes_descriptors(message: *const msghdr) -> Option<c_int> {
-    // SAFETY: the caller's promise; CMSG_FIRSTHDR checks the length of the control data, and SCM_RIGHTS data
-    // is descriptors.
+unsafe fn passing(message: *const msghdr) {
+    // SAFETY: the caller's promise; the CMSG functions check the length of the control data, and SCM_RIGHTS data is
+    // descriptors.
     unsafe {
-        let header = libc::CMSG_FIRSTHDR(message).as_ref()?;
-        let rights = header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS;
-        rights.then(|| libc::CMSG_DATA(header).cast::<c_int>().read_unaligned())
+        let mut next =
+            if message.is_null() { std::ptr::null() } else { libc::CMSG_FIRSTHDR(message).cast_const() };
+        while let Some(header) = next.as_ref() {
+            if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
+                let length = header.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as size_t);
+                let passed = libc::CMSG_DATA(header).cast::<c_int>();
+                (0..length / size_of::<c_int>())
+                    .for_each(|i| abandon(passed.add(i).read_unaligned(), Reason::Shared));
+            }
+            next = libc::CMSG_NXTHDR(message, header);
+        }
     }
 }
 
@@ -233,9 +241,7 @@ hooks! {
     }
 
     fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
-        if let Some(passed) = unsafe { passes_descriptors(message) } {
-            abandon(passed, Reason::Shared);
-        }
+        unsafe { passing(message) };
         let call = || unsafe { real()(fd, message, flags) };
         match (io::followed(fd), unsafe { message.as_ref() }) {
             (Some((index, conn)), Some(message)) => {
@@ -248,6 +254,9 @@ hooks! {
 
     fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int {
         abandon(fd, Reason::Shared);
+        for i in 0..if messages.is_null() { 0 } else { count as usize } {
+            unsafe { passing(&raw const (*messages.add(i)).msg_hdr) };
+        }
         unsafe { real()(fd, messages, count, flags) }
     }
 

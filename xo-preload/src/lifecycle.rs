@@ -7,8 +7,10 @@ use xo_proto::slot::{Counter, GONE, PENDING};
 use xo_sys::raw;
 
 use crate::fdtable::{self, Entry};
-use crate::{boundary, conn, daemon, hide, init, io, register, spawn};
+use crate::{boundary, conn, daemon, hide, init, io, policy, register, spawn};
 
+/// It has been said that there is no daemon.
+static MISSING_SAID: AtomicBool = AtomicBool::new(false);
 /// The process has made an io_uring.
 static RING: AtomicBool = AtomicBool::new(false);
 /// It has been said.
@@ -20,15 +22,16 @@ pub(crate) fn listening(fd: c_int) {
         return;
     }
     let Ok((address, _)) = raw::local_address(fd) else { return };
-    if !init::tracks(address.port()) {
+    if !policy::names(address.port()) {
         return;
     }
     fdtable::set(fd, Entry::Listener(address.port()));
     if !daemon::open() && spawn::start_daemon() {
         daemon::open_now();
     }
-    if daemon::fd() < 0 {
-        log::warn!("no xo-peerd: connections on port {} stay here", address.port());
+    // nginx alone says listen twice for each of its sockets.
+    if daemon::fd() < 0 && !MISSING_SAID.swap(true, Ordering::AcqRel) {
+        log::warn!("no xo-peerd: connections stay here");
     }
 }
 

@@ -8,9 +8,9 @@ use xo_proto::resp::{self, Look, Run};
 use xo_proto::slot::Counter;
 use xo_sys::raw;
 
-use crate::boundary::{ESTABLISHED, Outcome, Seen, leads_away, leave, partial, release, wants_to_move};
+use crate::boundary::{ESTABLISHED, Outcome, Seen, ask, leave, partial, policy_now, release};
 use crate::conn::{Conn, ReadHalf};
-use crate::{daemon, init, poll};
+use crate::{choose, daemon, init, poll};
 
 /// What waits in the socket.
 pub(crate) struct Waiting<'b> {
@@ -31,23 +31,41 @@ pub(crate) fn judge(
     requests: resp::Requests,
     waiting: &Waiting<'_>,
 ) -> Seen {
+    let policy = policy_now();
     let mut stays = half.stays;
     loop {
-        let away = |command: &resp::Command| leads_away(conn, command);
+        let mut chosen = None;
+        let away = |command: &resp::Command| {
+            let Some(policy) = policy else { return false };
+            match choose::ahead(policy, conn, Request::Redis(command)) {
+                Ok(to) => chosen = Some(to),
+                Err(why) => {
+                    chosen = None;
+                    // Those that are served here are counted together.
+                    if why != Counter::Local as usize {
+                        daemon::count(why);
+                    }
+                }
+            }
+            chosen.is_some()
+        };
         let kept = |reason: Reason| daemon::count(reason as usize);
         match requests.look(waiting.bytes, stays, away, kept) {
             Look::Partial if !waiting.all => return Seen::Cut,
             Look::Partial => return partial(fd, conn, half, waiting.bytes.len()),
             Look::Leave(reason) => return leave(fd, conn, half, reason),
             Look::Here(run) => return serve(fd, conn, half, &run, waiting),
-            Look::Away(command) => {
+            Look::Away(_) => {
                 match replies(fd, conn, half, waiting.nonblocking) {
                     Replies::Waited => return Seen::HeldBack,
                     Replies::Late => {}
                     Replies::Out => {
                         release(fd, conn, half);
-                        if wants_to_move(fd, conn, index, Request::Redis(&command)) {
-                            return Seen::Asked;
+                        if let Some(chosen) = chosen {
+                            chosen.count(conn);
+                            if ask(fd, conn, index, &chosen) {
+                                return Seen::Asked;
+                            }
                         }
                     }
                 }

@@ -191,10 +191,10 @@ impl Registration {
     }
 }
 
-/// A restored connection that waits to come out of this listening socket.
-pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
+/// A restored connection that waits to come out of this listening socket, or the errno that keeps it from doing so.
+pub(crate) fn delivery(listener: c_int) -> Result<Option<(Deliver, Fd)>, i32> {
     if !daemon::is_ours() {
-        return None;
+        return Ok(None);
     }
     for r in used().filter(|r| r.listener.load(Ordering::Acquire) == listener) {
         let channel = r.channel.load(Ordering::Acquire);
@@ -202,15 +202,16 @@ pub(crate) fn delivery(listener: c_int) -> Option<(Deliver, Fd)> {
             continue;
         }
         match daemon::receive_delivery(channel) {
-            daemon::Delivery::One(deliver, fd) => return Some((deliver, fd)),
+            daemon::Delivery::One(deliver, fd) => return Ok(Some((deliver, fd))),
             daemon::Delivery::Nothing => {}
+            daemon::Delivery::NoRoom(errno) => return Err(errno),
             daemon::Delivery::End => {
                 r.hang_up();
                 poll::look_soon();
             }
         }
     }
-    None
+    Ok(None)
 }
 
 /// Has the server something registered under this number?

@@ -19,6 +19,8 @@
 
 mod host;
 mod shortcut;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 mod target;
 
 use std::time::Duration;

@@ -81,8 +81,8 @@ int main(int count, char **arguments)
 		return 2;
 	output_path = arguments[2];
 	signal(SIGPIPE, SIG_IGN);
-	const struct hazard *tables[] = { process_hazards, reading_hazards };
-	for (int t = 0; t < 2; t++)
+	const struct hazard *tables[] = { process_hazards, reading_hazards, pending_hazards };
+	for (int t = 0; t < 3; t++)
 		for (const struct hazard *h = tables[t]; h->name; h++)
 			if (!strcmp(h->name, arguments[1]))
 				h->run();

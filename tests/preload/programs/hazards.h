@@ -17,7 +17,7 @@
 
 typedef ssize_t reader(int fd, char *buffer, size_t room);
 struct hazard { const char *name; void (*run)(void); };
-extern const struct hazard process_hazards[], reading_hazards[];
+extern const struct hazard process_hazards[], reading_hazards[], pending_hazards[];
 
 extern const char *output_path;
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -264,16 +264,26 @@ static void accept_threads(void)
 	pthread_join(threads[0], NULL);
 }
 
-static void send_fd(int channel, int fd)
+static void put_rights(struct cmsghdr *header, const int *fds, int count)
 {
-	char byte = 'x', control[CMSG_SPACE(sizeof fd)] = { 0 };
+	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(count * sizeof *fds), .cmsg_level = SOL_SOCKET,
+				    .cmsg_type = SCM_RIGHTS };
+	memcpy(CMSG_DATA(header), fds, count * sizeof *fds);
+}
+
+static void send_fds(int channel, const int *fds, int count)
+{
+	char byte = 'x', control[CMSG_SPACE(8 * sizeof *fds)] = { 0 };
 	struct iovec piece = { &byte, 1 };
 	struct msghdr message = { .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
-				  .msg_controllen = sizeof control };
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
-	memcpy(CMSG_DATA(header), &fd, sizeof fd);
+				  .msg_controllen = CMSG_SPACE(count * sizeof *fds) };
+	put_rights(CMSG_FIRSTHDR(&message), fds, count);
 	say("sendmsg %s", result(sendmsg(channel, &message, 0)));
+}
+
+static void send_fd(int channel, int fd)
+{
+	send_fds(channel, &fd, 1);
 }
 
 static int receive_fd(int channel)
@@ -305,6 +315,62 @@ static void pass(void)
 		close(fd);
 	}
 }
+
+/* Serves connections that another process has got, too, and may do anything with; `pass_on` gives it to that one. */
+static void serve_passed(void (*pass_on)(int channel, int fd))
+{
+	int pair[2], listener = listen_on(80);
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
+		abort();
+	if (fork() == 0) {
+		close(listener);
+		for (;;)
+			pause();
+	}
+	for (;;) {
+		int fd = accept_said(listener);
+		pass_on(pair[0], fd);
+		serve(fd, plain_read);
+	}
+}
+
+static void second(int channel, int fd)
+{
+	const int fds[] = { 2, fd };
+	send_fds(channel, fds, 2);
+}
+
+/* Credentials come first. */
+static void in_second_part(int channel, int fd)
+{
+	char byte = 'x', control[CMSG_SPACE(sizeof(struct ucred)) + CMSG_SPACE(sizeof fd)] = { 0 };
+	struct ucred self = { getpid(), getuid(), getgid() };
+	struct iovec piece = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof control };
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	*header = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof self), .cmsg_level = SOL_SOCKET,
+				    .cmsg_type = SCM_CREDENTIALS };
+	memcpy(CMSG_DATA(header), &self, sizeof self);
+	put_rights(CMSG_NXTHDR(&message, header), &fd, 1);
+	say("sendmsg %s", result(sendmsg(channel, &message, 0)));
+}
+
+/* By sendmmsg, in the second message. */
+static void many(int channel, int fd)
+{
+	char byte = 'x', control[CMSG_SPACE(sizeof fd)] = { 0 };
+	struct iovec piece = { &byte, 1 };
+	struct mmsghdr messages[2] = { { .msg_hdr = { .msg_iov = &piece, .msg_iovlen = 1 } },
+				       { .msg_hdr = { .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
+						      .msg_controllen = sizeof control } } };
+	put_rights(CMSG_FIRSTHDR(&messages[1].msg_hdr), &fd, 1);
+	say("sendmmsg %s", result(sendmmsg(channel, messages, 2, 0)));
+}
+
+static void pass_second(void) { serve_passed(second); }
+static void pass_in_second_part(void) { serve_passed(in_second_part); }
+static void pass_many(void) { serve_passed(many); }
 
 /* The listening socket itself comes from another process, or from before an exec. */
 static void passed_listener(void)
@@ -348,6 +414,7 @@ const struct hazard process_hazards[] = {
 	{ "signals", signals }, { "close_range", close_range_all }, { "closefrom", closefrom_all },
 	{ "close_loop", close_loop }, { "numbers", numbers }, { "dups", dups }, { "two_threads", two_threads },
 	{ "both_read", both_read }, { "accept_threads", accept_threads }, { "pass", pass },
+	{ "pass_second", pass_second }, { "pass_in_second_part", pass_in_second_part }, { "pass_many", pass_many },
 	{ "passed_listener", passed_listener }, { "inherited_listener", inherited_listener }, { "ring", ring },
 	{ NULL, NULL },
 };

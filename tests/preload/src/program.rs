@@ -76,6 +76,39 @@ impl Program {
         self.processes().iter().map(count).sum()
     }
 
+    /// Processor time that it and its descendants have used.
+    #[must_use]
+    pub fn processor_time(&self) -> Duration {
+        let ticks = |pid: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            // User and system time are the 12th and 13th field after the name, which may hold anything.
+            let fields: Vec<u64> = stat.rsplit(')').next().map_or_else(Vec::new, |rest| {
+                rest.split_whitespace().skip(12).take(2).filter_map(|n| n.parse().ok()).collect()
+            });
+            fields.iter().sum::<u64>()
+        };
+        // Linux counts in hundredths of a second for user space, whatever its own clock does.
+        Duration::from_millis(self.processes().iter().map(ticks).sum::<u64>() * 10)
+    }
+
+    /// Lets each of its processes open so many descriptors more than it has now.
+    pub fn leave_descriptors(&self, more: usize) {
+        for pid in self.processes() {
+            let open: Vec<u64> = fs::read_dir(format!("/proc/{pid}/fd"))
+                .map(|all| all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+                .unwrap_or_default();
+            let limit = (0..).filter(|n| !open.contains(n)).nth(more).expect("a number");
+            limit_descriptors(pid, limit);
+        }
+    }
+
+    /// Takes [`Program::leave_descriptors`] back.
+    pub fn free_descriptors(&self) {
+        for pid in self.processes() {
+            limit_descriptors(pid, u64::MAX);
+        }
+    }
+
     /// What it has written.
     #[must_use]
     pub fn output(&self) -> String {
@@ -115,6 +148,18 @@ impl Drop for Program {
         unsafe { libc::kill(-(self.pid() as i32), libc::SIGKILL) };
         let _ = self.child.wait();
     }
+}
+
+/// Sets how many descriptors a process may have, within its hard limit.
+fn limit_descriptors(pid: u32, count: u64) {
+    // SAFETY: both structures live through the calls.
+    let result = unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit);
+        limit.rlim_cur = count.min(limit.rlim_max);
+        libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut())
+    };
+    assert_eq!(result, 0, "prlimit of {pid}: {}", std::io::Error::last_os_error());
 }
 
 /// Keeps the calling thread, and all that it starts from now on, on one processor. On several, segments of one

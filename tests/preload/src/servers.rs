@@ -1,7 +1,7 @@
 //! nginx and xo-peerd as the tests run them.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -103,6 +103,14 @@ impl Bed {
         if output.status.success() { serde_json::from_slice(&output.stdout).ok() } else { None }
     }
 
+    /// The output of `xo-peerd flows`.
+    #[must_use]
+    pub fn flows(&self, node: &str) -> String {
+        let mut command = Command::new(built("xo-peerd"));
+        let output = command.args(["flows", "--socket"]).arg(self.socket(node)).output();
+        output.map_or_else(|e| e.to_string(), |o| String::from_utf8_lossy(&o.stdout).into_owned())
+    }
+
     /// A number in the status of a node's daemon, by JSON pointer.
     ///
     /// # Panics
@@ -118,12 +126,25 @@ impl Bed {
     /// # Panics
     /// When some stay.
     pub fn wait_idle(&self, nodes: &[&str]) {
+        self.wait_idle_for(Duration::from_secs(20), nodes);
+    }
+
+    /// As [`Bed::wait_idle`], for connections that may take so long to end.
+    ///
+    /// # Panics
+    /// When some stay.
+    pub fn wait_idle_for(&self, limit: Duration, nodes: &[&str]) {
         for node in nodes {
-            let idle = wait_for(Duration::from_secs(20), || {
+            let idle = wait_for(limit, || {
                 let zero = |pointer| self.status(node, pointer) == 0;
                 zero("/flows_hosted") && zero("/flows_served") && zero("/steering/flow_entries")
             });
-            assert!(idle, "connections are left on {node}: {:?}", self.try_status(node));
+            assert!(
+                idle,
+                "connections are left on {node}: {:?}\n{}",
+                self.try_status(node),
+                self.flows(node)
+            );
         }
     }
 
@@ -178,8 +199,16 @@ impl Bed {
     ///
     /// # Panics
     /// When it does not listen.
-    pub fn nginx_with(&self, node: &str, mut command: Command) -> Program {
+    pub fn nginx_with(&self, node: &str, command: Command) -> Program {
         let config = self.nginx_config(node, 2);
+        self.nginx_configured(node, command, &config)
+    }
+
+    /// Starts nginx by this command, with this configuration.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    pub fn nginx_configured(&self, node: &str, mut command: Command, config: &Path) -> Program {
         command.args(["-e", "stderr", "-c"]).arg(config);
         let mut program = self.start(node, &format!("{node}-nginx"), &mut command);
         self.wait_listening(node, 80, &mut program);

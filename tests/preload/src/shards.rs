@@ -37,31 +37,40 @@ impl Bed {
         text
     }
 
-    /// Daemons and nginx on all of them, each nginx with the objects of its own only; `head` goes into each daemon's
-    /// configuration.
+    /// Daemons and nginx on all of them, each nginx with the objects of its own only.
     ///
     /// # Panics
     /// When they do not come up.
     #[must_use]
-    pub fn sharded(&self, head: &str) -> Vec<Program> {
+    pub fn sharded(&self) -> Vec<Program> {
+        let options = self.sharded_options("");
+        let mut programs: Vec<_> = self.servers().iter().map(|n| self.peerd(n, &options)).collect();
+        programs.extend(self.sharded_servers(false));
+        programs
+    }
+
+    /// Configuration of the daemons; `head` goes into it.
+    #[must_use]
+    pub fn sharded_options(&self, head: &str) -> PeerdOptions {
         let policy = self.file("shards.toml", &self.sharded_policy());
         let head = format!("{head}\ninsecure = true\npolicy = \"{}\"", policy.display());
-        let options = PeerdOptions { head, sections: WEB.into() };
+        PeerdOptions { head, sections: WEB.into() }
+    }
+
+    /// nginx on all of them, when the daemons are there; `everywhere`: each has the objects of all.
+    ///
+    /// # Panics
+    /// When they do not come up.
+    #[must_use]
+    pub fn sharded_servers(&self, everywhere: bool) -> Vec<Program> {
         let nodes = self.servers();
-        let mut programs: Vec<_> = nodes.iter().map(|n| self.peerd(n, &options)).collect();
+        let mut programs = Vec::new();
         for node in &nodes {
-            let root = self.root(node);
-            for directory in DIRECTORIES {
-                let below = root.join(directory).join(node);
-                fs::create_dir_all(&below).expect("a directory");
-                fs::set_permissions(&below, fs::Permissions::from_mode(0o777)).expect("its mode");
-            }
-            for (name, size) in content::SIZES {
-                let path = format!("/img/{node}/{name}");
-                fs::write(root.join(&path[1..]), content::of(&path, size)).expect("an object");
+            for shard in nodes.iter().filter(|n| everywhere || *n == node) {
+                self.write_shard(node, shard);
             }
             let mut command = self.preloaded(node, "nginx");
-            command.env("XO_POLICY", &policy);
+            command.env("XO_POLICY", self.directory().join("shards.toml"));
             programs.push(self.nginx_with(node, command));
         }
         for node in &nodes {
@@ -75,8 +84,24 @@ impl Bed {
         programs
     }
 
+    fn write_shard(&self, node: &str, shard: &str) {
+        let root = self.root(node);
+        for directory in DIRECTORIES {
+            let below = root.join(directory).join(shard);
+            fs::create_dir_all(&below).expect("a directory");
+            fs::set_permissions(&below, fs::Permissions::from_mode(0o777)).expect("its mode");
+        }
+        for (name, size) in content::SIZES {
+            let path = format!("/img/{shard}/{name}");
+            fs::write(root.join(&path[1..]), content::of(&path, size)).expect("an object");
+        }
+    }
+
     /// Waits until each daemon is connected to all targets.
-    pub(crate) fn wait_connected(&self, nodes: &[String]) {
+    ///
+    /// # Panics
+    /// When they do not come to be.
+    pub fn wait_connected(&self, nodes: &[String]) {
         for node in nodes {
             let connected = || {
                 let status = self.try_status(node)?;

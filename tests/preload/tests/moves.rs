@@ -1,6 +1,12 @@
 //! Connections that move on from target to target, and come home: each request is served where its path says.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
 use xo_tests::counters::Counters;
+use xo_tests::program::{Program, wait_for};
 use xo_tests::servers::{address, address6};
 use xo_tests::{Bed, Connection, content};
 
@@ -13,7 +19,7 @@ fn place(nodes: &[String], number: usize, i: usize) -> String {
 #[test]
 fn one_connection_goes_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
-    let programs = bed.sharded("");
+    let programs = bed.sharded();
     let nodes = bed.servers();
     for host in [address("host"), address6("host")] {
         let before = Counters::of(&bed);
@@ -42,7 +48,15 @@ fn one_connection_goes_wherever_each_request_belongs() {
 }
 
 /// Reads and uploads of all sizes, some of them several at a time; `number` is the connection's.
-fn wander(nodes: &[String], number: usize, requests: usize, largest: usize) -> std::io::Result<Vec<String>> {
+/// When a daemon is away, a request may be served elsewhere: `anywhere`.
+fn wander(nodes: &[String], number: usize, requests: usize, anywhere: bool) -> std::io::Result<Vec<String>> {
+    let check = |place: &str, node: &str, path: &str| {
+        if anywhere || place == node {
+            Ok(())
+        } else {
+            Err(std::io::Error::other(format!("{path} came from {node}")))
+        }
+    };
     let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
     let mut c = Connection::to(&host, 80)?;
     let mut uploads = Vec::new();
@@ -50,7 +64,6 @@ fn wander(nodes: &[String], number: usize, requests: usize, largest: usize) -> s
     while i < requests {
         let at = |i: usize| place(nodes, number, i);
         let (name, size) = content::SIZES[(number + i) % 4];
-        let (name, size) = if size > largest { content::SIZES[2] } else { (name, size) };
         match (number + i) % 5 {
             // Ten in one segment, each for another node than the one before.
             0 => {
@@ -81,20 +94,16 @@ fn wander(nodes: &[String], number: usize, requests: usize, largest: usize) -> s
     Ok(uploads)
 }
 
-fn check(place: &str, node: &str, path: &str) -> std::io::Result<()> {
-    if place == node { Ok(()) } else { Err(std::io::Error::other(format!("{path} came from {node}"))) }
-}
-
 #[test]
 fn hundreds_of_connections_go_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
-    let programs = bed.sharded("");
+    let programs = bed.sharded();
     let nodes = bed.servers();
     let before = Counters::of(&bed);
     let clients: Vec<_> = (0..200)
         .map(|number| {
             let nodes = nodes.clone();
-            bed.spawn("client", move || wander(&nodes, number, 40, usize::MAX))
+            bed.spawn("client", move || wander(&nodes, number, 40, false))
         })
         .collect();
     let mut errors = Vec::new();
@@ -127,4 +136,50 @@ fn hundreds_of_connections_go_wherever_each_request_belongs() {
     assert_eq!(counted.resets(), 0, "{}", counted.troubles());
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
     drop(programs);
+}
+
+/// Daemons are killed at random moments and started again, one after the other; every request is answered.
+#[test]
+fn daemons_are_killed_while_connections_move() {
+    let bed = Bed::up(2, 1);
+    let options = bed.sharded_options("");
+    let nodes = bed.servers();
+    let mut daemons: Vec<_> = nodes.iter().map(|n| Some(bed.peerd(n, &options))).collect();
+    let servers = bed.sharded_servers(true);
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..8)
+        .map(|number| {
+            let (nodes, stop) = (nodes.clone(), Arc::clone(&stop));
+            bed.spawn("client", move || {
+                let mut rounds = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    wander(&nodes, number, 100, true)
+                        .unwrap_or_else(|e| panic!("{number}, round {rounds}: {e}"));
+                    rounds += 1;
+                }
+                rounds
+            })
+        })
+        .collect();
+    for round in 0..12 {
+        let victim = round % nodes.len();
+        let answering: Vec<_> = nodes.iter().filter(|n| bed.try_status(n).is_some()).collect();
+        let moved = || answering.iter().map(|n| bed.status(n, "/onward_total")).sum::<u64>();
+        let before = moved();
+        let ok = wait_for(Duration::from_secs(20), || {
+            moved() >= before + 20 || clients.iter().any(JoinHandle::is_finished)
+        });
+        assert!(ok, "round {round}: clients are stuck");
+        let daemon: Program = daemons[victim].take().expect("a daemon");
+        daemon.signal(libc::SIGKILL);
+        drop(daemon);
+        daemons[victim] = Some(bed.peerd(&nodes[victim], &options));
+    }
+    stop.store(true, Ordering::Relaxed);
+    let ended: Vec<_> = clients.into_iter().map(JoinHandle::join).collect();
+    let failed = ended.iter().filter(|r| r.is_err()).count();
+    assert_eq!(failed, 0, "clients that failed");
+    println!("{:?} rounds of 100 requests", ended.into_iter().flatten().collect::<Vec<u32>>());
+    bed.wait_idle(&["host", "t1", "t2"]);
+    drop(servers);
 }

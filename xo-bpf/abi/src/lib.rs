@@ -72,7 +72,8 @@ pub struct FlowEntry {
     pub to_addr: [u32; 4],
     /// New destination port, network byte order.
     pub to_port: u16,
-    /// Lower half of the number of the move that the entry is owed to; for user space only, as is `peer`.
+    /// Lower half of the number of the move that the entry is owed to. For DELIVER: 0 once the connection is home for
+    /// sure. For user space only, as is `peer`.
     pub hop: u16,
     /// The target, by its number in the daemon's list of names. For user space only: a restarted daemon finds its flows
     /// again in the pinned map.
@@ -105,6 +106,10 @@ pub struct RewriteEntry {
     pub home_peer: u32,
     /// How often the connection has moved since it was at home; 1 if it came from there.
     pub hop: u32,
+    /// Not 0: the connection has left this machine; for user space only, as are the four before.
+    pub left: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 /// Precedes each packet in [`HELD_MAP`].
@@ -171,7 +176,7 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
 
 const _: () = assert!(size_of::<FlowKey>() == 36);
 const _: () = assert!(size_of::<FlowEntry>() == 64);
-const _: () = assert!(size_of::<RewriteEntry>() == 72);
+const _: () = assert!(size_of::<RewriteEntry>() == 80);
 const _: () = assert!(size_of::<HeldHeader>() == 56);
 
 #[cfg(feature = "user")]

@@ -119,8 +119,6 @@ pub enum HostAction {
 pub enum GuestEvent {
     /// Its socket is gone from here.
     Left,
-    /// Its next target has it for sure.
-    Passed,
     /// Its packets do not come here any more.
     Released,
     /// Its next target has lost it, or has seen its end before anybody else got to know.
@@ -204,11 +202,10 @@ impl Host {
             (S::Begun | S::Doubt, E::TargetReady { local, .. }) => {
                 then(S::Redirected, &[A::Redirect(*local), A::SendHostReady, A::Vacate, A::Guest(G::Left)])
             }
-            // Started, served and over before its answer was believed.
+            // Over before the flow was redirected: the client cannot have closed it, and may not know.
             (S::Begun | S::Doubt, E::Closed) => {
-                let gone = [A::Vacate, A::Guest(G::Left), A::Guest(G::Lost)];
-                let over = then(S::Done, &gone);
-                then(over, &[A::RemoveRedirect, A::SendClosedAck])
+                let gone = [A::Vacate, A::Reset, A::Guest(G::Left), A::Guest(G::Lost), A::SendClosedAck];
+                then(S::Done, &gone)
             }
             (S::Begun | S::Doubt, E::Refused(r)) => then(S::Done, &[A::TakeBack, A::Stay(*r)]),
             (S::Begun, E::Deadline) if early => then(S::Doubt, &[A::ArmDoubt, A::SendQuery]),
@@ -233,14 +230,13 @@ impl Host {
             (S::Redirected, E::RedirectFailed) => {
                 then(S::Done, &[A::SendAbort, A::Vacate, A::Reset, A::Guest(G::Left), A::Guest(G::Lost)])
             }
-            (S::Redirected, E::Handed) => then(S::Offloaded, &[A::Guest(G::Passed)]),
-            // HOST_READY may be lost with the channel; the target answers a repeated one.
-            (S::Redirected, E::PeerBack) => then(S::Redirected, &[A::SendHostReady]),
+            (S::Redirected, E::Handed) => S::Offloaded,
+            // HOST_READY may be lost with the channel, and so may CLOSED: the target answers a repeated one, by Refuse when
+            // it does not know the connection any more.
+            (S::Redirected | S::Offloaded, E::PeerBack) => then(self.state, &[A::SendHostReady]),
             (S::Redirected | S::Offloaded, E::Refused(_)) => then(S::Done, &[A::Reset, A::Guest(G::Lost)]),
             // Packets that the home had sent here before it redirected them may still be under way.
-            (S::Redirected | S::Offloaded, E::Closed) if guest => {
-                then(S::Released, &[A::Guest(G::Passed), A::ArmLinger])
-            }
+            (S::Redirected | S::Offloaded, E::Closed) if guest => then(S::Released, &[A::ArmLinger]),
             (S::Released, E::LingerOver) => {
                 then(S::Done, &[A::RemoveRedirect, A::SendClosedAck, A::Guest(G::Released)])
             }

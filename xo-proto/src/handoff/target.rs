@@ -73,16 +73,20 @@ pub enum TargetAction {
     Start,
     /// Send `HANDED`.
     SendHanded,
-    /// The connection is confirmed: what was kept to take it away again can go.
+    /// What was kept to take the connection away again can go.
     Keep,
+    /// The connection is here, for sure.
+    Confirmed,
     /// Close the socket in repair mode (silently) and remove the source rewrite.
     Discard,
     /// Take the live socket from its handler without a packet, and remove the source rewrite.
     Withdraw,
     /// Send `CLOSED` and arm the time limit.
     SendClosed,
-    /// Remove the source rewrite.
+    /// Remove the source rewrite, when nobody is to be told anything any more.
     RemoveRewrite,
+    /// Note for the next daemon that the connection has left.
+    NoteLeft,
 }
 
 /// One hand-off on the target.
@@ -103,6 +107,13 @@ impl Target {
     #[must_use]
     pub fn recovered() -> Target {
         Target { state: TargetState::Served, early: false }
+    }
+
+    /// One that had moved on from here in those days; `on_its_way`: its packets still came here.
+    #[must_use]
+    pub fn recovered_left(on_its_way: bool) -> Target {
+        let state = if on_its_way { TargetState::Left } else { TargetState::Done };
+        Target { state, early: false }
     }
 
     /// Where the hand-off stands.
@@ -138,23 +149,24 @@ impl Target {
             (S::Ready, E::HostReady) => then(S::Started, &[A::Start]),
             (S::Ready, E::Abort | E::Deadline) => then(S::Done, &[A::Discard]),
             (S::Started, E::Handed(Ok(()))) if early => then(S::Unconfirmed, &[A::SendStarted]),
-            (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded]),
+            (S::Started, E::Handed(Ok(()))) => then(S::Served, &[A::SendHanded, A::Confirmed]),
             (S::Started, E::Handed(Err(r))) => then(S::Done, &[A::Discard, A::Refuse(*r)]),
             (S::Unconfirmed, E::Begin | E::Query) => then(S::Unconfirmed, &[A::SendStarted]),
-            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::SendHanded, A::Keep]),
-            (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep]),
+            (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::Keep, A::SendHanded, A::Confirmed]),
+            (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep, A::Confirmed]),
             (S::Unconfirmed, E::Fence { acknowledged: false } | E::Abort) => then(S::Done, &[A::Withdraw]),
             (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
             (S::Served, E::Query) => then(S::Served, &[A::SendStarted]),
             (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
-            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack) => then(S::Closing, &[A::SendClosed]),
+            (S::Served, E::SocketGone) | (S::Closing, E::PeerBack | E::Query | E::HostReady) => {
+                then(S::Closing, &[A::SendClosed])
+            }
             (S::Closing, E::ClosedAck | E::Deadline) => then(S::Done, &[A::RemoveRewrite]),
             (S::Served, E::Home) => then(S::Done, &[A::RemoveRewrite]),
 
-            (S::Served, E::Guest(G::Left)) => S::Left,
+            (S::Served, E::Guest(G::Left)) => then(S::Left, &[A::NoteLeft]),
             // Until then a reset would have to be sent from here.
-            (S::Left, E::Guest(G::Passed)) => then(S::Left, &[A::RemoveRewrite]),
-            (S::Left, E::Guest(G::Released)) => S::Done,
+            (S::Left, E::Guest(G::Released)) => then(S::Done, &[A::RemoveRewrite]),
             (S::Left, E::Guest(G::Lost)) => then(S::Closing, &[A::SendClosed]),
             // Whoever still asks was answered once, and the answer lost.
             (S::Left, E::HostReady) => then(S::Left, &[A::SendHanded]),

@@ -39,12 +39,16 @@ fn head(text: &str) -> RequestHead<'_> {
     }
 }
 
+/// Rule, candidates and handler of a request that leaves the node.
 fn names(policy: &Policy, node: &str, request: &str) -> Option<(usize, Vec<String>, String)> {
-    match policy.decide(&head(&format!("{request}\r\n\r\n")), node) {
-        Decision::Unmatched | Decision::Local | Decision::Here => None,
-        Decision::To { rule, targets, handler } => {
-            Some((rule, targets.iter().map(|t| t.name.clone()).collect(), handler.to_owned()))
+    let request = format!("{request}\r\n\r\n");
+    let Decision::Choose(choice) = policy.decide(&head(&request)) else { return None };
+    match choice.pick(&Here { node, ..Here::default() }, &Idle) {
+        Pick::To(_) => {
+            let names = choice.candidates.iter().map(|c| c.name.clone()).collect();
+            Some((choice.rule, names, choice.handler.to_owned()))
         }
+        _ => None,
     }
 }
 
@@ -96,12 +100,14 @@ to = ["t2"]
 fn place(policy: &Policy, node: &str, key: &str) -> Option<String> {
     let mut found = None;
     let look = |c: &Command| {
-        found = match policy.decide(c, node) {
-            Decision::Unmatched => None,
-            Decision::Local => Some("local".into()),
-            Decision::Here => Some("here".into()),
-            Decision::To { targets, .. } => Some(targets[0].name.clone()),
-        };
+        let Decision::Choose(choice) = policy.decide(c) else { return false };
+        let here = Here { node, guest: node != "host", ..Here::default() };
+        found = Some(match choice.pick(&here, &Idle) {
+            Pick::Here => "here".into(),
+            Pick::Home => "home".into(),
+            Pick::To(c) => c.name.clone(),
+            Pick::Nowhere => "nowhere".into(),
+        });
         false
     };
     let bytes = if key.is_empty() { "PING\r\n".into() } else { format!("GET {key}\r\n") };
@@ -115,13 +121,14 @@ fn slots_decide_about_redis_and_paths_about_http() {
     assert_eq!(p.listen, [80, 6379]);
     assert_eq!(
         (p.protocol(80), p.protocol(6379), p.protocol(1)),
-        (Protocol::Http, Protocol::Redis, Protocol::Http)
+        (Some(Protocol::Http), Some(Protocol::Redis), None)
     );
     // Slots 5061, 12182 and 8363.
     for (key, node, expected) in [
         ("bar", "host", Some("t1")),
         ("bar", "t1", Some("here")),
-        ("foo", "host", Some("local")),
+        ("foo", "host", Some("here")),
+        ("foo", "t2", Some("home")),
         ("foo{}{bar}", "t1", Some("t2")),
         ("", "host", None),
     ] {
@@ -133,10 +140,42 @@ fn slots_decide_about_redis_and_paths_about_http() {
     let line =
         Policy::load(None, Some("80,6379/redis"), Some("t1=10.3.0.2:7400,t2=10.4.0.2:7400"), Some(rules));
     let line = line.expect("valid").expect("given");
-    assert_eq!((line.protocol(6379), line.protocol(80)), (Protocol::Redis, Protocol::Http));
+    assert_eq!((line.protocol(6379), line.protocol(80)), (Some(Protocol::Redis), Some(Protocol::Http)));
     for key in ["bar", "foo", "foo{}{bar}", ""] {
         assert_eq!(place(&line, "host", key), place(&p, "host", key), "{key}");
     }
+}
+
+#[test]
+fn slots_are_the_key_of_rules_that_hash() {
+    let load = |rules: &str| {
+        let targets = Some("t1=10.3.0.2:7400,t2=10.4.0.2:7400");
+        Policy::load(None, Some("6379/redis"), targets, Some(rules)).map(|p| p.expect("given"))
+    };
+    let p = load("slots=0-16383 => local,t1,t2 %hash(slot)").expect("valid");
+    let all = load("=> local,t1,t2 %hash(path)").expect("valid");
+    let mut counts = [0; 3];
+    for i in 0..600 {
+        let place = |key: String| place(&p, "host", &key).expect("a rule");
+        let key = format!("k{i}");
+        let found = place(key.clone());
+        assert_eq!(place(format!("{{{key}}}:other")), found, "the same slot");
+        assert_eq!(self::place(&all, "host", &key), Some(found.clone()), "whatever the key of HTTP");
+        let n = ["here", "t1", "t2"].iter().position(|place| *place == found).expect("a place");
+        counts[n] += 1;
+    }
+    assert!(counts.iter().all(|n| (140..260).contains(n)), "{counts:?}");
+    for (rules, column, part) in [
+        ("slots=0-9 => t1 %hash(path)", 17, "XO_RULES: a rule with `slots` hashes the key `slot`"),
+        ("/img/ => t1 %hash(slot)", 13, "XO_RULES: `slot` is a key of Redis"),
+    ] {
+        let e = load(rules).expect_err(part);
+        assert!(e.message.starts_with(part), "{e}");
+        assert_eq!((e.line, e.column), (1, column), "{e}");
+    }
+    let hash = "to = [\"t2\"]\nbalance = \"hash\"\nkey = \"header:x\"";
+    let e = Policy::parse(&SLOTS.replace("to = [\"t2\"]", hash)).expect_err("a key of HTTP");
+    assert_eq!((e.line, e.column), (24, 7), "{e}");
 }
 
 #[test]
@@ -185,6 +224,8 @@ fn rules_that_lead_nowhere_else() {
     assert!(leads("/a => local; /b => t1", "host") && leads("/b => t1; /c => t2", "t1"));
     assert!(!leads("/a => local", "host") && !leads("/b => t1; /c => t2,t1", "t1"));
     assert!(leads("/b => t1", ""), "before the node's name is known");
+    assert!(leads("/b => local,t1", "host") && !leads("/b => local,t1", "t1"));
+    assert!(leads("/b => t1,t2 %hash(path)", "t1"), "the key decides, though t1 is named");
 }
 
 #[test]
@@ -219,7 +260,16 @@ fn errors_say_where() {
         ("[80, 443]", "[80, 80]", 2, 15, "stands twice"),
         ("[80, 443]", "\"80\"", 2, 10, "invalid type"),
         ("round_robin", "robin", 15, 11, "unknown variant `robin`"),
-        ("round_robin", "hash", 15, 11, "round_robin` only"),
+        ("round_robin", "hash", 15, 11, "`hash` needs a `key`"),
+        ("handler", "key = \"path\"\nhandler", 16, 7, "no effect without"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"path_segment:0\"", 16, 7, "counted from 1"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"query\"", 16, 7, "needs a name (query:NAME)"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"uri\"", 16, 7, "`uri` is no key"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", \"t1\"]", 14, 13, "`t1` stands twice"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\", weight=0}]", 14, 13, "a weight is 1 to"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\", wait=1}]", 14, 25, "unknown field `wait`"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\"}]", 14, 13, "missing field `weight`"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", 2]", 14, 13, "a name or {"),
         ("^/v[0-9]+", "^/v[0-9+", 25, 14, "path_regex"),
         ("\"/img/\"", "\"img/\"", 13, 15, "begins with `/`"),
         ("[80, 443]", "[80, 0]", 2, 15, "`0` is not a port"),
@@ -260,9 +310,20 @@ fn one_liners_mean_the_same() {
         assert_eq!((e.line, e.column), (line, column), "{e}");
         assert!(e.message.starts_with(part), "{e}");
     }
-    for (rules, column) in
-        [("/ => t9", 6), ("/ t1", 1), ("/ => ", 5), ("x => t1", 1), ("/ => t1; / => local; ~[ => t1", 22)]
-    {
+    for (rules, column) in [
+        ("/ => t9", 6),
+        ("/ t1", 1),
+        ("/ => ", 5),
+        ("x => t1", 1),
+        ("/ => t1; / => local; ~[ => t1", 22),
+        ("/ => t1,t2*x", 9),
+        ("/ => t1,t2*1001", 9),
+        ("/ => t1 %hash @web", 10),
+        ("/ => t1 %hash(path @web", 10),
+        ("/ => t1 %hash(uri)", 10),
+        ("/ => t1 %fastest", 10),
+        ("/ => t1 %random_two(path)", 10),
+    ] {
         let e = Policy::load(None, listen, targets, Some(rules)).expect_err(rules);
         assert_eq!((e.line, e.column), (1, column), "{rules}: {e}");
     }
