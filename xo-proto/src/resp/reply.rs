@@ -118,7 +118,8 @@ impl Replies {
     }
 
     fn begin(&mut self, kind: u8) {
-        if self.values == 0 {
+        let first = self.values == 0;
+        if first {
             self.push = kind == b'>';
             self.values = 1;
         }
@@ -126,7 +127,7 @@ impl Replies {
             b'+' | b'-' | b':' | b'_' | b'#' | b',' | b'(' => State::Line,
             b'$' | b'!' | b'=' | b'*' | b'~' | b'%' | b'|' => State::Length { kind, value: 0, digits: 0 },
             // Never inside of a reply.
-            b'>' if self.push && self.values == 1 => State::Length { kind, value: 0, digits: 0 },
+            b'>' if first => State::Length { kind, value: 0, digits: 0 },
             _ => State::Unknown,
         };
     }

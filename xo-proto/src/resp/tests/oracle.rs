@@ -36,7 +36,7 @@ pub(super) fn value(bytes: &[u8]) -> Option<(usize, bool)> {
         }
         _ => line(bytes)?,
     };
-    let text = &text[1..];
+    let text = text.get(1..)?;
     if matches!(kind, b'$' | b'*') && text == b"-1" {
         return Some((at, false));
     }
