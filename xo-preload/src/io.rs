@@ -132,11 +132,12 @@ fn read_into(
         account(conn, &mut half, pieces, n as usize);
         if half.tracker.at_boundary() {
             half.stays = false;
-            // Edge-triggered servers take a short read for an empty socket and wait for an edge that has
-            // come already: raise another.
-            if !alone && allowed < want && nonblocking && raw::readable_bytes(fd) > 0 {
-                let _ = tcp_repair::poke(fd);
-            }
+        }
+        // Edge-triggered servers take a short read for an empty socket and wait for an edge that has come already: raise
+        // another. Reads are cut at the end of a request, of a chunked one's head, and of the part of its body looked at.
+        let cut = allowed < want && n as usize == allowed;
+        if cut && !alone && nonblocking && raw::readable_bytes(fd) > 0 {
+            let _ = tcp_repair::poke(fd);
         }
     }
     n
