@@ -429,10 +429,6 @@ impl Engine {
             HostAction::Stay(reason) => {
                 stay(flow, reason);
                 self.metrics.refused(reason);
-                if reason == Reason::PeerTimeout {
-                    let target = flow.target.clone();
-                    self.refused_by(&target, "", reason);
-                }
             }
             HostAction::Reset => self.reset(id),
             HostAction::RemoveRedirect => self.remove_redirect(id),
