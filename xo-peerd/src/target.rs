@@ -172,7 +172,11 @@ impl Engine {
         let Some(node) = self.node_of(index) else { return };
         let key = (node, id);
         let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
-        if moved_on || self.at_home.contains_key(&key) {
+        // Where its home asks about a later move than the last that is known here, it was lost here.
+        let is_known = |k: &ServedKey| {
+            self.served.get(k).is_some_and(|s| (s.origin.hop as u16).wrapping_sub(message.hop) as i16 >= 0)
+        };
+        if moved_on || self.at_home.get(&key).is_some_and(|keys| keys.iter().any(is_known)) {
             // It has been here, or is, by a way that the sender need not know.
             self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
         } else if let Some(served) = self.served.get_mut(&key) {
@@ -271,6 +275,7 @@ impl Engine {
             let Some(served) = self.served.get_mut(key) else { return };
             let before = served.state();
             served.machine.on(&event, &mut actions);
+            log::trace!("{} {} {:x}: {event:?}: {:?}", served.client, key.0, key.1, served.state());
             if (before == TargetState::Ready) != (served.state() == TargetState::Ready) {
                 if before == TargetState::Ready { self.in_flight -= 1 } else { self.in_flight += 1 }
             }
@@ -321,6 +326,10 @@ impl Engine {
                 self.remove_entry(key);
             }
             TargetAction::SendClosed => {
+                // Lost where it had moved on to: the next daemon must know that somebody is to be told.
+                if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry) {
+                    let _ = self.steer.note_left(&flow, key.1, false);
+                }
                 self.send_closed(key);
                 self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
             }
@@ -331,7 +340,7 @@ impl Engine {
             }
             TargetAction::NoteLeft => {
                 if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
-                    && let Err(e) = self.steer.note_left(&flow, key.1)
+                    && let Err(e) = self.steer.note_left(&flow, key.1, true)
                 {
                     log::error!("noting that a connection of {} has left: {e}", key.0);
                 }
@@ -352,40 +361,18 @@ impl Engine {
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
         let (elapsed, early) = (served.elapsed, served.machine.early());
-        let live = |restored: Repaired| {
-            // A response follows at once, so no window probe is needed.
-            restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
-                log::error!("starting the connection of {client}: {e}");
-                Reason::RestoreFailed
-            })
-        };
         match mode {
             Some(HandlerMode::Attach { port }) => {
-                // First into the handler's hands, where it is mute while in repair mode, then live: if this daemon
-                // died in between the other way round, the client would get a reset.
-                let passed = match restored.try_clone() {
-                    Ok(passed) => passed,
-                    Err(e) => {
-                        log::error!("passing the connection of {client} on: {e}");
-                        return Some(Err(Reason::RestoreFailed));
-                    }
-                };
-                if let Err(e) = self.attach(key, port, acceptor, client, passed) {
-                    log::warn!("handing the connection of {client} over: {e}");
-                    let full = e.kind() == ErrorKind::StorageFull;
-                    return Some(Err(if full { Reason::TableFull } else { Reason::NoHandler }));
-                }
-                let socket = match live(restored) {
-                    Ok(socket) => socket,
-                    Err(reason) => return Some(Err(reason)),
-                };
-                let served = self.served.get_mut(key)?;
-                served.started_ns = Some(now_ns());
-                allow_reuse(&socket, client);
-                served.kept = early.then_some(socket);
-                Some(Ok(()))
+                let started = self.start_attached(key, (port, acceptor), restored, elapsed);
+                Some(started.and_then(|socket| {
+                    let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+                    served.started_ns = Some(now_ns());
+                    allow_reuse(&socket, client);
+                    served.kept = early.then_some(socket);
+                    Ok(())
+                }))
             }
-            Some(HandlerMode::Exec { command }) => match live(restored) {
+            Some(HandlerMode::Exec { command }) => match live(restored, elapsed, client) {
                 Ok(socket) => {
                     allow_reuse(&socket, client);
                     self.exec(key, command, socket);
@@ -395,6 +382,37 @@ impl Engine {
             },
             None => Some(Err(Reason::NoHandler)),
         }
+    }
+
+    /// First into the handler's hands, where it is mute while in repair mode, then live: if this daemon died in between the
+    /// other way round, the client would get a reset. But what an earlier server had written is sent before the handler can
+    /// write.
+    fn start_attached(
+        &mut self,
+        key: &ServedKey,
+        (port, acceptor): (u16, Option<usize>),
+        restored: Repaired,
+        elapsed: Duration,
+    ) -> Result<OwnedFd, Reason> {
+        let client = self.served.get(key).ok_or(Reason::Closed)?.client;
+        let passed = restored.try_clone().map_err(|e| {
+            log::error!("passing the connection of {client} on: {e}");
+            Reason::RestoreFailed
+        })?;
+        let mut hand = |passed| {
+            self.attach(key, port, acceptor, client, passed).map_err(|e| {
+                log::warn!("handing the connection of {client} over: {e}");
+                if e.kind() == ErrorKind::StorageFull { Reason::TableFull } else { Reason::NoHandler }
+            })
+        };
+        if restored.has_unsent() {
+            let socket = live(restored, elapsed, client)?;
+            // The host, which takes it back then, sends the same.
+            hand(passed).inspect_err(|_| empty(&socket, client))?;
+            return Ok(socket);
+        }
+        hand(passed)?;
+        live(restored, elapsed, client)
     }
 
     /// `TARGET_READY` of the early order.
@@ -517,6 +535,15 @@ impl Engine {
         }
         self.target_event(key, &TargetEvent::SocketGone);
     }
+}
+
+/// Leaves repair mode.
+fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<OwnedFd, Reason> {
+    // A response follows at once, so no window probe is needed.
+    restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
+        log::error!("starting the connection of {client}: {e}");
+        Reason::RestoreFailed
+    })
 }
 
 /// A server that is restarted must be able to bind the port of connections that it had.

@@ -169,7 +169,7 @@ impl Targets {
 }
 
 impl Engine {
-    /// A machine has refused a connection, or not answered.
+    /// A machine has refused a connection. (One that does not answer is silent, too, which is seen to elsewhere.)
     pub(crate) fn refused_by(&mut self, node: &str, handler: &str, reason: Reason) {
         use Reason as R;
         let Some(known) = self.targets.known.get_mut(node) else { return };
@@ -179,12 +179,11 @@ impl Engine {
                 known.deserted.insert(handler.to_owned());
                 self.targets.board.set_state(handler_id(node, handler), DOWN);
             }
-            R::TargetUnwilling
-            | R::TableFull
-            | R::Stopping
-            | R::NotSteered
-            | R::PeerIncompatible
-            | R::PeerTimeout => {
+            R::TargetUnwilling | R::TableFull | R::Stopping | R::NotSteered | R::PeerIncompatible => {
+                // Several that were under way are refused together: that is one refusal.
+                if known.out_until.is_some() {
+                    return;
+                }
                 known.out_until = Some(Instant::now() + known.pause);
                 log::info!("{node} gets no connections for {:?}: {reason}", known.pause);
                 known.pause = (known.pause * 2).min(LONGEST_PAUSE);

@@ -162,6 +162,8 @@ pub struct HostReady {
     pub id: HandoffId,
     /// Options that the server had set; `None` when they could not be read.
     pub options: Option<SockOptions>,
+    /// [`Home::hop`] of the move that the redirect is owed to, its lower half; 1 is the first.
+    pub hop: u16,
     /// Time since the dump, ns. The timestamp clock goes on by as much: the emptied socket may have sent an
     /// acknowledgement meanwhile, and the client drops what looks older (RFC 7323, 5.3).
     pub elapsed_ns: u64,

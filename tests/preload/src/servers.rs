@@ -143,7 +143,7 @@ impl Bed {
                 idle,
                 "connections are left on {node}: {:?}\n{}",
                 self.try_status(node),
-                self.flows(node)
+                nodes.iter().map(|n| self.flows(n)).collect::<String>()
             );
         }
     }

@@ -49,11 +49,11 @@ fn a_target_that_refuses() {
     let not_asked = bed.status("host", "/library/no_target");
     assert_eq!(bed.status("host", "/refused_by_reason/no_handler") + not_asked, 3);
     drop(without);
+    let refused = bed.status("host", "/refused_by_reason/no_handler");
 
     let _target = bed.peerd("t1", &PeerdOptions::default());
     let mut third = three_requests(&bed);
     // The daemon looks for a peer that went away once a second.
-    let refused = bed.status("host", "/refused_by_reason/no_handler");
     for _ in 0..50 {
         if bed.status("host", "/refused_by_reason/no_handler") > refused {
             break;

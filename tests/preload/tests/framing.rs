@@ -75,6 +75,18 @@ fn requests_of_all_shapes() {
     assert_eq!(nodes, ["host", "t1"], "chunked, then moved");
     assert_eq!(std::fs::read(bed.root("host").join("put/chunked")).expect("upload"), b"hello world");
 
+    // All of it is there when the head is read, so nothing that comes later wakes the server again.
+    let nodes = with_connection(&bed, |c| {
+        let body = content::of("/put/b", 10_000);
+        let head = "PUT /put/b HTTP/1.1\r\nHost: xo.test\r\nTransfer-Encoding: chunked\r\n\r\n2710\r\n";
+        c.send(&[head.as_bytes(), &body, b"\r\n0\r\n\r\n"].concat()).expect("send");
+        let stored = c.stored("/put/b").expect("stored").node().to_owned();
+        vec![stored, c.get("/img/1k").expect("moved").node().to_owned()]
+    });
+    assert_eq!(nodes, ["host", "t1"], "chunked at once, then moved");
+    let stored = std::fs::read(bed.root("host").join("put/b")).expect("the upload");
+    assert!(stored == content::of("/put/b", 10_000), "chunked upload at the host");
+
     // A chunked upload is itself what moves, its body still on the way.
     let nodes = with_connection(&bed, |c| {
         let head = "PUT /up/chunked HTTP/1.1\r\nHost: xo.test\r\nTransfer-Encoding: chunked\r\n\r\n";
