@@ -166,8 +166,8 @@ fn slots_are_the_key_of_rules_that_hash() {
     }
     assert!(counts.iter().all(|n| (140..260).contains(n)), "{counts:?}");
     for (rules, column, part) in [
-        ("slots=0-9 => t1 %hash(path)", 17, "XO_RULES: a rule with `slots` hashes the key `slot`"),
-        ("/img/ => t1 %hash(slot)", 13, "XO_RULES: `slot` is a key of Redis"),
+        ("slots=0-9 => t1 %hash(path)", 18, "XO_RULES: a rule with `slots` hashes the key `slot`"),
+        ("/img/ => t1 %hash(slot)", 14, "XO_RULES: `slot` is a key of Redis"),
     ] {
         let e = load(rules).expect_err(part);
         assert!(e.message.starts_with(part), "{e}");
@@ -175,7 +175,7 @@ fn slots_are_the_key_of_rules_that_hash() {
     }
     let hash = "to = [\"t2\"]\nbalance = \"hash\"\nkey = \"header:x\"";
     let e = Policy::parse(&SLOTS.replace("to = [\"t2\"]", hash)).expect_err("a key of HTTP");
-    assert_eq!((e.line, e.column), (24, 7), "{e}");
+    assert_eq!((e.line, e.column), (25, 7), "{e}");
 }
 
 #[test]
