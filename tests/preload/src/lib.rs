@@ -8,14 +8,17 @@ pub mod client;
 pub mod content;
 pub mod counters;
 pub mod framer;
+pub mod gauge;
 pub mod hazards;
 pub mod hostile;
 pub mod kinds;
 pub mod load;
 pub mod plain;
 pub mod program;
+pub mod random;
 pub mod servers;
 pub mod shards;
+pub mod traffic;
 
 pub use bed::Bed;
 pub use client::{Connection, Response};
