@@ -83,7 +83,7 @@ fn peer_messages() -> Vec<PeerMessage> {
             started_ns: Some(5),
         }),
         PeerMessage::Refuse(Refuse { id: 1, reason: Reason::NoHandler, detail: "none".into() }),
-        PeerMessage::HostReady(HostReady { id: 1, options: Some(options), elapsed_ns: 2 }),
+        PeerMessage::HostReady(HostReady { id: 1, options: Some(options), hop: 1, elapsed_ns: 2 }),
         PeerMessage::Handed(Handed { id: 1, hand_ns: 2, at_ns: 3 }),
         PeerMessage::Closed(1),
         PeerMessage::Ping(Ping { number: 2, sent_ns: 3 }),

@@ -5,7 +5,7 @@
 
 use libfuzzer_sys::{Corpus, fuzz_target};
 use xo_proto::http::{Head, parse_head};
-use xo_proto::policy::{Decision, Policy, PolicyError};
+use xo_proto::policy::{Candidate, Decision, Here, Pick, Policy, PolicyError, View};
 
 const REQUESTS: [&str; 4] = [
     "GET /img/a?b HTTP/1.1\r\nHost: www.example.org:80\r\nX: y\r\n\r\n",
@@ -14,12 +14,39 @@ const REQUESTS: [&str; 4] = [
     "OPTIONS * HTTP/1.0\r\nHost:\r\n\r\n",
 ];
 
+struct T2IsOut;
+
+impl View for T2IsOut {
+    fn is_open(&self, candidate: &Candidate) -> bool {
+        candidate.name != "t2"
+    }
+
+    fn load(&self, candidate: &Candidate) -> u32 {
+        candidate.weight
+    }
+
+    fn turn(&self, rule: usize) -> u64 {
+        rule as u64 * 7
+    }
+
+    fn random(&self) -> u64 {
+        u64::MAX
+    }
+}
+
 fn apply(policy: &Policy) {
     for request in REQUESTS {
         let Head::Complete(head) = parse_head(request.as_bytes()) else { panic!("{request:?} is refused") };
-        for node in ["t1", "elsewhere"] {
-            if let Decision::To { targets, .. } = policy.decide(&head, node) {
-                assert!(!targets.is_empty() && targets.iter().all(|t| t.name != node));
+        let Decision::Choose(choice) = policy.decide(&head) else { continue };
+        for (node, guest) in [("t1", true), ("t1", false), ("elsewhere", true), ("elsewhere", false)] {
+            for (placed, recalled) in [(false, false), (true, false), (false, true), (true, true)] {
+                let here = Here { node, guest, placed, recalled };
+                match choice.pick(&here, &T2IsOut) {
+                    Pick::To(c) => assert!(c.name != node && c.name != "t2" && choice.candidates.contains(c)),
+                    Pick::Here => assert!(!recalled),
+                    Pick::Home => assert!(guest || recalled),
+                    Pick::Nowhere => assert!(!recalled),
+                }
             }
         }
     }

@@ -5,13 +5,23 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::TcContext;
-use xo_bpf_abi::{FlowKey, Path, RewriteEntry};
+use xo_bpf_abi::{Action, FlowKey, Path, RewriteEntry};
 
 use crate::count::{add, count};
-use crate::packet::{Direction, NoFlow, parse, rewrite};
+use crate::ingress::FLOWS;
+use crate::packet::{Direction, NoFlow, Packet, RST, parse, rewrite};
 
 #[map]
 static REWRITES: HashMap<FlowKey, RewriteEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+/// Has the connection left? A packet that was between the hook and the socket when that was emptied would be answered
+/// by a RST, which is not the connection's.
+#[inline(always)]
+fn is_elsewhere(packet: &Packet) -> bool {
+    let redirect = Action::Redirect as u32;
+    // SAFETY: map values live while the program runs.
+    FLOWS.get_ptr(&packet.key).is_some_and(|flow| unsafe { (*flow).action == redirect })
+}
 
 #[classifier]
 pub fn xo_egress(ctx: TcContext) -> i32 {
@@ -24,11 +34,19 @@ pub fn xo_egress(ctx: TcContext) -> i32 {
         Err(NoFlow::Foreign) => return TC_ACT_UNSPEC,
     };
     let Some(entry) = REWRITES.get_ptr_mut(&packet.key) else {
+        if packet.flags & RST != 0 && is_elsewhere(&packet) {
+            count(Path::Muted);
+            return TC_ACT_SHOT;
+        }
         count(Path::EgressMiss);
         return TC_ACT_UNSPEC;
     };
     // SAFETY: map values live while the program runs.
     let entry = unsafe { &mut *entry };
+    if packet.flags & RST != 0 && (entry.left != 0 || is_elsewhere(&packet)) {
+        count(Path::Muted);
+        return TC_ACT_SHOT;
+    }
     let (from, port) = (entry.from_addr, entry.from_port);
     let length = (ctx.len() as usize).saturating_sub(packet.ip) as u64;
     // SAFETY: aligned fields of a live map value.

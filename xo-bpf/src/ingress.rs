@@ -21,7 +21,7 @@ const HEADER: usize = size_of::<HeldHeader>();
 
 /// Sizes of maps are set by the daemon at load.
 #[map]
-static FLOWS: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+pub static FLOWS: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 #[map]
 static HELD: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 

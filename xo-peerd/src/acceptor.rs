@@ -53,7 +53,7 @@ impl Channel {
     fn flush(&mut self) -> io::Result<()> {
         while let Some((deliver, fd)) = self.outbox.front() {
             let message = FromDaemon::Deliver(deliver.clone());
-            match ipc::send(self.ours.as_raw_fd(), &message, Some(fd.as_raw_fd())) {
+            match ipc::send(self.ours.as_raw_fd(), &message, &[fd.as_raw_fd()]) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 other => other?,
             }
@@ -165,6 +165,10 @@ impl Engine {
             self.acceptors.remove(number);
             return Err(format!("watching a channel: {e}"));
         }
+        if self.acceptors_on(address.port()) == 1 {
+            // Those that it was reported to have nobody for may send connections again.
+            self.report(Instant::now());
+        }
         Ok(())
     }
 
@@ -269,6 +273,7 @@ impl Engine {
             return Ok(());
         }
         let wake = Socket::new(Domain::for_address(listening), Type::STREAM, None)?;
+        wake.set_nonblocking(true)?;
         wake.bind(&SockAddr::from(SocketAddr::new(ip, 0)))?;
         let wake_port = local_address(&wake)?.port();
         let port = listening.port();
@@ -281,10 +286,13 @@ impl Engine {
         for table in &tables {
             table.add_wake_port(wake_port);
         }
-        wake.set_nonblocking(true)?;
         match wake.connect(&SockAddr::from(SocketAddr::new(ip, port))) {
-            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            other => other?,
+            Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => {
+                // Nobody listens any more.
+                tables.iter().for_each(|t| t.remove_wake_port(wake_port));
+                return Err(e);
+            }
+            _ => {}
         }
         // Over loopback the handshake is over by now. A socket with TCP_DEFER_ACCEPT (Apache's) waits for data.
         if let Err(e) = wake.send(b"\n") {
@@ -312,7 +320,7 @@ impl Engine {
     pub(crate) fn take(&mut self, index: usize, wake_port: u16) -> Result<(), String> {
         let library = self.libraries.get(index).ok_or("gone")?;
         let Some(waiting) = self.waiting.remove(&wake_port) else {
-            return library.send(&FromDaemon::Nothing, None).map_err(|e| e.to_string());
+            return library.send(&FromDaemon::Nothing, &[]).map_err(|e| e.to_string());
         };
         for table in &waiting.tables {
             table.remove_wake_port(wake_port);
@@ -328,7 +336,7 @@ impl Engine {
         let Some(served) = self.served.get_mut(&waiting.key) else { return Ok(()) };
         served.place = give(&mut self.libraries, index, |delivery| {
             let message = FromDaemon::Deliver(served.deliver(delivery));
-            ipc::send(fd, &message, Some(waiting.socket.as_raw_fd()))
+            ipc::send(fd, &message, &[waiting.socket.as_raw_fd()])
         })?;
         Ok(())
     }

@@ -10,7 +10,9 @@ use std::{fs, io};
 
 use serde::Deserialize;
 use toml::Spanned;
-use xo_proto::policy::{Policy, Target, position};
+use xo_proto::policy::position;
+
+use crate::reload::Loaded;
 
 /// Where the daemon listens for libraries by default.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
@@ -21,6 +23,13 @@ const DEFAULT_TLS: &str = "/etc/xo";
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct ConfigError(String);
+
+impl ConfigError {
+    /// From its whole text.
+    pub(crate) fn new(text: String) -> ConfigError {
+        ConfigError(text)
+    }
+}
 
 /// The daemon's configuration, checked.
 #[derive(Clone, Debug)]
@@ -35,8 +44,8 @@ pub(crate) struct Config {
     pub(crate) interfaces: Vec<String>,
     /// Addresses that restored sockets are bound to; one of each family is used.
     pub(crate) addresses: Vec<IpAddr>,
-    /// The policy's targets: their daemons are connected from the start.
-    pub(crate) targets: Vec<Target>,
+    /// The policy file.
+    pub(crate) policy: Option<Loaded>,
     /// Where Prometheus text is served at /metrics.
     pub(crate) metrics: Option<SocketAddr>,
     /// Certificates of the peer channel.
@@ -234,7 +243,7 @@ impl Config {
             socket,
             interfaces: Vec::new(),
             addresses: Vec::new(),
-            targets: Vec::new(),
+            policy: None,
             metrics: None,
             tls: (!insecure).then_some(tls),
             insecure,
@@ -300,7 +309,7 @@ impl File {
             socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
             addresses: self.addresses,
-            targets: policy.map(|p| p.targets).unwrap_or_default(),
+            policy,
             metrics: self.metrics,
             tls: self.tls.map(Spanned::into_inner),
             insecure: self.insecure,
@@ -377,19 +386,12 @@ impl FileSteering {
     }
 }
 
-/// Reads a policy file and checks it; the error has the policy file's own position.
-///
-/// # Errors
-/// As [`Config::load`].
-pub(crate) fn load_policy(path: &Path) -> Result<Policy, ConfigError> {
-    Policy::parse(&read(path)?).map_err(|e| ConfigError(format!("{}:{e}", path.display())))
-}
-
-fn check_policy(path: &Spanned<PathBuf>, fail: Fail<'_>) -> Result<Policy, ConfigError> {
+/// The error has the policy file's own position.
+fn check_policy(path: &Spanned<PathBuf>, fail: Fail<'_>) -> Result<Loaded, ConfigError> {
     if let Err(e) = fs::metadata(path.get_ref()) {
         return Err(fail(path.span().start, format!("policy {}: {e}", path.get_ref().display())));
     }
-    load_policy(path.get_ref())
+    Loaded::read(path.get_ref())
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {

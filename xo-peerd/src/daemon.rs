@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use mio::Poll;
 use mio::net::TcpListener;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use socket2::Socket;
 use xo_proto::wire::{Hello, MAGIC, VERSION};
 use xo_sys::replay::RawSender;
@@ -26,6 +26,7 @@ use crate::metrics_http::{self, Published};
 use crate::state::State;
 use crate::steer::Steer;
 use crate::steer::pin::{Pins, Sizes};
+use crate::targets::Targets;
 use crate::tls::Tls;
 
 /// Everyone may connect to the socket; who may use it is decided by peer credentials and tickets.
@@ -115,12 +116,14 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         tls,
         hello,
         state,
+        targets: Targets::new().map_err(|e| format!("the board: {e}"))?,
         // Numbers of an earlier life of this daemon must not be met again.
         first_id: u64::from(epoch) << 32,
         mtu,
         ipc_listener,
         peer_listener,
-        signals: signals()?,
+        signals: signals(&[SIGTERM, SIGINT])?,
+        hangups: signals(&[SIGHUP])?,
         config,
     };
     let mut engine = Engine::new(parts)?;
@@ -187,11 +190,12 @@ fn listen_local(config: &Config) -> Result<Socket, Box<dyn Error>> {
     Ok(socket)
 }
 
-fn signals() -> io::Result<UnixStream> {
+fn signals(which: &[i32]) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    signal_hook::low_level::pipe::register(SIGTERM, theirs.try_clone()?)?;
-    signal_hook::low_level::pipe::register(SIGINT, theirs)?;
+    for signal in which {
+        signal_hook::low_level::pipe::register(*signal, theirs.try_clone()?)?;
+    }
     Ok(ours)
 }
 

@@ -10,6 +10,7 @@ use xo_proto::wire::HandoffId;
 
 use crate::engine::{Engine, Timer};
 use crate::peer::{Peer, PeerError};
+use crate::target::Served;
 use crate::tls::Tls;
 
 /// First pause after a failed connection; doubles up to [`LONGEST_PAUSE`].
@@ -29,11 +30,26 @@ pub(crate) struct Dial {
     /// Not before this time.
     not_before: Instant,
     pause: Duration,
+    /// The last attempt has failed, or the connection.
+    failed: bool,
 }
 
 impl Dial {
     fn new(address: SocketAddr, now: Instant) -> Dial {
-        Dial { address, index: None, parked: Vec::new(), give_up: None, not_before: now, pause: FIRST_PAUSE }
+        Dial {
+            address,
+            index: None,
+            parked: Vec::new(),
+            give_up: None,
+            not_before: now,
+            pause: FIRST_PAUSE,
+            failed: false,
+        }
+    }
+
+    /// Is that node known to be away?
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed
     }
 }
 
@@ -68,15 +84,43 @@ impl Engine {
     /// Connects to the policy's targets, so that the first connection that goes there does not wait, and so that they can
     /// tell us where our connections move on to.
     pub(crate) fn dial_targets(&mut self) {
-        for target in self.config.targets.clone() {
-            if target.name != self.config.node {
-                self.want(&target.name, target.address);
+        for (node, address) in self.targets.of_policy() {
+            if node == self.config.node {
+                continue;
+            }
+            match self.dials.get_mut(&node) {
+                // A new address counts from the next attempt on.
+                Some(dial) => dial.address = address,
+                None => self.want(&node, address),
+            }
+            if self.dials.get(&node).is_some_and(|d| d.index.is_none()) && self.connection_to(&node).is_none()
+            {
+                self.dial(&node);
             }
         }
     }
 
     fn is_needed(&self, node: &str) -> bool {
-        self.config.targets.iter().any(|t| t.name == node) || self.hosted.values().any(|f| f.target == node)
+        self.targets.keeps(node) || self.hosted.values().any(|f| f.target == node)
+    }
+
+    /// Closes connections that we have opened and that nobody needs any more.
+    pub(crate) fn drop_unneeded(&mut self) {
+        let unneeded = |(node, dial): (&String, &Dial)| {
+            let in_use = self.is_needed(node) || !dial.parked.is_empty();
+            let serves = |s: &Served| *s.origin.node == **node;
+            (!in_use && !self.served.values().any(serves)).then(|| node.clone())
+        };
+        let nodes: Vec<_> = self.dials.iter().filter_map(unneeded).collect();
+        for node in nodes {
+            let Some(index) = self.dials.remove(&node).and_then(|d| d.index) else { continue };
+            if let Some(mut peer) = self.peers.try_remove(index) {
+                let _ = self.poll.registry().deregister(peer.stream());
+                log::info!("peer {node}: not needed any more");
+            }
+        }
+        let hosted = &self.hosted;
+        self.targets.forget_unused(|node| hosted.values().any(|f| f.target == *node));
     }
 
     /// A connection to this node is needed, though no hand-off waits for it.
@@ -136,6 +180,7 @@ impl Engine {
         let Some(dial) = self.dials.get_mut(node) else { return };
         dial.index = None;
         dial.give_up = None;
+        dial.failed = true;
         dial.not_before = Instant::now() + dial.pause;
         dial.pause = if urgent { FIRST_PAUSE } else { (dial.pause * 2).min(LONGEST_PAUSE) };
         let (parked, again) = (std::mem::take(&mut dial.parked), dial.not_before);
@@ -154,11 +199,13 @@ impl Engine {
         }
         if let Some(dial) = self.dials.get_mut(&*node).filter(|d| d.index == Some(index)) {
             dial.give_up = None;
+            dial.failed = false;
             dial.pause = FIRST_PAUSE;
             for id in std::mem::take(&mut dial.parked) {
                 self.begin_on(id, index);
             }
         }
+        self.tell_peer(index, &node);
         self.tell_gone(&node);
         self.peer_back(&node);
     }

@@ -38,10 +38,12 @@ use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
 use crate::recent::Recent;
+use crate::reload::PolicyFile;
 use crate::restore::Entry;
 use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
+use crate::targets::Targets;
 use crate::tls::Tls;
 
 const IPC_LISTENER: Token = Token(0);
@@ -109,6 +111,8 @@ pub(crate) struct Engine {
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
     pub(crate) state: State,
+    pub(crate) targets: Targets,
+    pub(crate) policy: Option<PolicyFile>,
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
@@ -148,6 +152,7 @@ pub(crate) struct Engine {
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
+    hangups: UnixStream,
     /// Told to stop: by then at the latest.
     pub(crate) stop_by: Option<Instant>,
     idle_since: Instant,
@@ -169,11 +174,15 @@ pub(crate) struct Parts {
     pub(crate) tls: Option<Tls>,
     pub(crate) hello: Hello,
     pub(crate) state: State,
+    pub(crate) targets: Targets,
     pub(crate) first_id: HandoffId,
     pub(crate) mtu: usize,
     pub(crate) ipc_listener: Socket,
     pub(crate) peer_listener: Option<TcpListener>,
+    /// A byte for each SIGTERM and SIGINT.
     pub(crate) signals: UnixStream,
+    /// A byte for each SIGHUP.
+    pub(crate) hangups: UnixStream,
 }
 
 impl Engine {
@@ -186,11 +195,13 @@ impl Engine {
             Interest::READABLE,
         )?;
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
         let waker = Arc::new(Waker::new(registry, WAKER)?);
         let now = Instant::now();
+        let policy = parts.config.policy.take().map(PolicyFile::new);
         Ok(Engine {
             config: parts.config,
             poll: parts.poll,
@@ -202,6 +213,8 @@ impl Engine {
             tls: parts.tls,
             hello: parts.hello,
             state: parts.state,
+            targets: parts.targets,
+            policy,
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
@@ -231,6 +244,7 @@ impl Engine {
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
+            hangups: parts.hangups,
             stop_by: None,
             idle_since: now,
             last_sweep: now,
@@ -243,6 +257,8 @@ impl Engine {
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         let mut busy_until = Instant::now();
+        self.publish_draining();
+        self.publish_policy();
         self.recover();
         self.dial_targets();
         while !self.may_stop() {
@@ -291,10 +307,15 @@ impl Engine {
         }
     }
 
+    /// Each signal is a byte on its own socket; SIGHUP may come together with others.
     fn on_signal(&mut self) {
         let mut buffer = [0; 16];
-        let _ = self.signals.read(&mut buffer);
-        self.begin_stop();
+        if matches!(self.hangups.read(&mut buffer), Ok(1..)) {
+            self.reload_now();
+        }
+        if matches!(self.signals.read(&mut buffer), Ok(1..)) {
+            self.begin_stop();
+        }
     }
 
     /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
@@ -332,6 +353,8 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        self.look_at_targets(now);
+        self.look_at_policy(now);
         if std::mem::take(&mut self.accept_again) {
             self.accept_libraries(Level::Debug);
             self.accept_peers(Level::Debug);
@@ -344,6 +367,7 @@ impl Engine {
             self.last_sweep = now;
             self.sweep_hosted();
             self.sweep_served(now);
+            self.drop_unneeded();
         }
         if self.config.metrics.is_some() && now.duration_since(self.last_published) > Duration::from_secs(1) {
             self.last_published = now;
@@ -472,6 +496,8 @@ impl Engine {
                     peer.probed(number);
                 }
             }
+            PeerMessage::Load(load) => self.on_load(index, load),
+            PeerMessage::Recall(nodes) => self.on_recall(index, nodes),
             PeerMessage::Hello(_) => {}
         }
     }

@@ -36,6 +36,8 @@ const MOST_QUESTIONS: u32 = 5;
 pub(crate) const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// Packets that were sent to this machine before their home redirected them have arrived after so long.
 const LINGER: Duration = Duration::from_secs(1);
+/// A target is asked about a connection that its client has closed so long ago.
+const ASK_AFTER: Duration = Duration::from_secs(5);
 /// A redirect whose client has closed and which has been idle for this long has lost its target.
 const ORPHAN_AFTER: Duration = Duration::from_secs(180);
 /// So has one that has been idle for this long while the target's daemon cannot be reached.
@@ -162,7 +164,10 @@ impl Engine {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         let (target, address) = match offload.to {
-            Destination::Target { node, address } => (node, Some(address)),
+            Destination::Target { node, address } => {
+                self.targets.wanted(&node, address);
+                (node, Some(address))
+            }
             Destination::Home => (String::new(), None),
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
@@ -271,6 +276,8 @@ impl Engine {
             } else {
                 HostEvent::Refused(refuse.reason)
             };
+            let (target, handler) = (flow.target.clone(), flow.handler.clone());
+            self.refused_by(&target, &handler, refuse.reason);
             self.host_event(refuse.id, event);
         }
     }
@@ -288,6 +295,9 @@ impl Engine {
             let times = std::mem::take(&mut flow.times);
             let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
             self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
+            if let Some(node) = self.node_of(index) {
+                self.taken_by(&node);
+            }
         }
         self.host_event(handed.id, HostEvent::Handed);
     }
@@ -368,6 +378,7 @@ impl Engine {
             let waits = |f: &HostFlow| f.state() == HostState::Begun && !f.machine.early();
             let before = waits(flow);
             flow.machine.on(&event, &mut actions);
+            log::trace!("{} {id:x}: {event:?}: {:?}", flow.client, flow.state());
             match (before, waits(flow)) {
                 (false, true) => self.in_flight += 1,
                 (true, false) => self.in_flight -= 1,
@@ -394,8 +405,8 @@ impl Engine {
             HostAction::Redirect(to) => return self.redirect(id, to),
             HostAction::SendHostReady => {
                 let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-                let options = flow.options.take();
-                self.send_about(id, &PeerMessage::HostReady(HostReady { id, options, elapsed_ns }));
+                let (options, hop) = (flow.options.take(), flow.hop as u16);
+                self.send_about(id, &PeerMessage::HostReady(HostReady { id, options, hop, elapsed_ns }));
                 if let Some(flow) = self.hosted.get_mut(&id) {
                     flow.times.sent_ready = now_ns();
                 }
@@ -567,6 +578,10 @@ impl Engine {
         log::warn!("{} was lost on {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
         let Some(record) = &flow.record else { return };
+        if let Some((guest, _)) = &flow.guest {
+            // Not there any more: then the RST has the wrong source, and the client ignores it.
+            let _ = self.steer.note_left(&flow.key, guest.1, false);
+        }
         match tcp_repair::restore(record, flow.local, false, Duration::ZERO, &mut self.spare) {
             Ok(socket) => {
                 if let Err(e) = socket.reset() {
@@ -577,9 +592,21 @@ impl Engine {
         }
     }
 
-    /// Redirects whose target cannot tell us any more that the connection is over.
+    /// Redirects whose target cannot tell us any more that the connection is over. A target is asked about those that the
+    /// client has closed: daemons that died on the way may have left nobody who says it by himself.
     pub(crate) fn sweep_hosted(&mut self) {
         let now = now_ns();
+        let closed = |f: &HostFlow| {
+            let entry = self.steer.flow(&f.key).filter(|_| f.is_away());
+            entry.is_some_and(|e| {
+                let idle = Duration::from_nanos(now.saturating_sub(e.last_ns)).min(f.since.elapsed());
+                e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0 && idle > ASK_AFTER
+            })
+        };
+        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| closed(f)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.host_event(id, HostEvent::PeerBack);
+        }
         let orphan = |f: &HostFlow| {
             if !f.is_away() {
                 return false;

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use mio::unix::SourceFd;
+use serde_json::json;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
 use xo_proto::ipc::{FromDaemon, Query, ToDaemon, VERSION};
 use xo_proto::slot;
@@ -65,16 +66,16 @@ impl Library {
     }
 
     /// Sends one message.
-    pub(crate) fn send(&self, message: &FromDaemon, fd: Option<RawFd>) -> io::Result<()> {
-        send(self.fd(), message, fd)
+    pub(crate) fn send(&self, message: &FromDaemon, fds: &[RawFd]) -> io::Result<()> {
+        send(self.fd(), message, fds)
     }
 }
 
 /// Sends one message to a library, if there is room.
-pub(crate) fn send(socket: RawFd, message: &FromDaemon, fd: Option<RawFd>) -> io::Result<()> {
+pub(crate) fn send(socket: RawFd, message: &FromDaemon, fds: &[RawFd]) -> io::Result<()> {
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let n = encode_local(message, &mut buffer).map_err(|e| io::Error::new(ErrorKind::InvalidInput, e))?;
-    fdpass::send(socket, &buffer[..n], fd.as_slice(), libc::MSG_DONTWAIT)
+    fdpass::send(socket, &buffer[..n], fds, libc::MSG_DONTWAIT)
 }
 
 impl Engine {
@@ -144,7 +145,7 @@ impl Engine {
             None
         };
         if let Some(detail) = refusal {
-            let _ = library.send(&FromDaemon::Denied { detail: detail.clone() }, None);
+            let _ = library.send(&FromDaemon::Denied { detail: detail.clone() }, &[]);
             return Err(detail);
         }
         let (slots, memory) = SlotTable::create().map_err(|e| format!("slot table: {e}"))?;
@@ -153,7 +154,8 @@ impl Engine {
             node: self.config.node.clone(),
             ticket: self.state.ticket(),
         };
-        library.send(&welcome, Some(memory.as_raw_fd())).map_err(|e| e.to_string())?;
+        let board = self.targets.memory().as_raw_fd();
+        library.send(&welcome, &[memory.as_raw_fd(), board]).map_err(|e| e.to_string())?;
         library.slots = Some(Rc::new(slots));
         library.serial = serial;
         log::debug!("process {} of user {}: welcome", library.pid, library.uid);
@@ -179,6 +181,11 @@ impl Engine {
         let text = match query {
             Query::Status => self.metrics.status_json(&self.live()),
             Query::Flows => self.flows_json(),
+            Query::Drain { node, on } => match self.set_draining(&node, on) {
+                Ok(()) => json!({"draining": self.state.draining()}).to_string(),
+                Err(error) => json!({"error": error}).to_string(),
+            },
+            Query::Reload => self.reload_answer().to_string(),
         };
         let Some(library) = self.libraries.get(index) else { return Ok(()) };
         // The asker reads as fast as we write; its socket is made blocking for these few packets.

@@ -6,6 +6,7 @@ mod clock;
 mod config;
 mod daemon;
 mod dial;
+mod drain;
 mod engine;
 mod exec;
 mod held;
@@ -18,11 +19,13 @@ mod onward;
 mod peer;
 mod recent;
 mod recover;
+mod reload;
 mod restore;
 mod state;
 mod status;
 mod steer;
 mod target;
+mod targets;
 mod times;
 mod tls;
 mod views;
@@ -75,6 +78,12 @@ enum Command {
     Status(Ask),
     /// Show the connections that are offloaded from here or served here
     Flows(Ask),
+    /// Give a target no more connections, and have those that it has leave it at their next request
+    Drain(drain::Drain),
+    /// Give a target connections again
+    Undrain(drain::Undrain),
+    /// Read the policy file again, now
+    Reload(drain::Socket),
     /// Make certificates: a CA, if there is none in DIR, and one for each node
     Certs {
         /// Directory of ca.pem, ca.key, NODE.pem and NODE.key
@@ -114,8 +123,11 @@ fn main() -> ExitCode {
             }
         }
         Command::Check { config } => (check(&config), 2),
-        Command::Status(ask) => (show(&ask, Query::Status), 1),
-        Command::Flows(ask) => (show(&ask, Query::Flows), 1),
+        Command::Status(ask) => (show(&ask, &Query::Status), 1),
+        Command::Flows(ask) => (show(&ask, &Query::Flows), 1),
+        Command::Drain(told) => return ended(drain::drain(&told)),
+        Command::Undrain(told) => return ended(drain::undrain(&told)),
+        Command::Reload(at) => return ended(drain::reload(&at)),
         Command::Certs { dir, nodes, force } => (certs::make(&dir, &nodes, force).map_err(Into::into), 1),
     };
     match result {
@@ -127,6 +139,13 @@ fn main() -> ExitCode {
     }
 }
 
+fn ended(result: Result<ExitCode, Box<dyn Error>>) -> ExitCode {
+    result.unwrap_or_else(|e| {
+        eprintln!("xo-peerd: {e}");
+        ExitCode::FAILURE
+    })
+}
+
 fn check(path: &Path) -> Result<(), Box<dyn Error>> {
     let config = Config::load(path)?;
     if let Some(files) = &config.tls {
@@ -136,13 +155,13 @@ fn check(path: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn show(ask: &Ask, query: Query) -> Result<(), Box<dyn Error>> {
-    let text = status::ask(&ask.socket, query)?;
+fn show(ask: &Ask, query: &Query) -> Result<(), Box<dyn Error>> {
+    let text = status::ask(&ask.socket, query.clone())?;
     let json = serde_json::from_str(&text)?;
     match query {
         _ if ask.json => println!("{text}"),
         Query::Status => print!("{}", status::table(&json)),
-        Query::Flows => print!("{}", status::flows_table(&json)),
+        _ => print!("{}", status::flows_table(&json)),
     }
     Ok(())
 }

@@ -7,6 +7,9 @@ use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 use xo_proto::reason::{ALL, REASONS, Reason};
 
+use crate::reload::PolicyView;
+use crate::targets::TargetView;
+
 /// Times of one hand-off, ns, as `status` shows them.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Steps {
@@ -98,6 +101,10 @@ pub(crate) struct Live {
     pub(crate) handlers: Vec<(String, u64)>,
     /// Listening sockets of processes that take connections, by `attach` handler.
     pub(crate) acceptors: Vec<(String, u64)>,
+    /// Machines that connections may go to.
+    pub(crate) targets: Vec<TargetView>,
+    /// The policy in force.
+    pub(crate) policy: PolicyView,
 }
 
 /// The daemon's own counters.
@@ -218,6 +225,11 @@ impl Metrics {
             "handlers": object(&live.handlers),
             "acceptors": object(&live.acceptors),
             "peers": peers,
+            "targets": live.targets.iter().map(target_json).collect::<Vec<_>>(),
+            "policy_epoch": live.policy.epoch,
+            "policy_loaded_at": live.policy.loaded_at,
+            "policy_errors_total": live.policy.errors,
+            "policy_error": live.policy.error,
         })
         .to_string()
     }
@@ -301,6 +313,39 @@ impl Metrics {
             "Listening sockets of processes that take connections, by handler.",
             &labelled("handler", &live.acceptors),
         );
+        let of_targets = |value: &dyn Fn(&TargetView) -> f64| -> Vec<(String, f64)> {
+            live.targets.iter().map(|t| (format!("{{target=\"{}\"}}", t.name), value(t))).collect()
+        };
+        metric(
+            "xo_target_up",
+            "gauge",
+            "1 for a target that is given connections, 0 for one that drains or is down.",
+            &of_targets(&|t| f64::from(u8::from(t.state == "up"))),
+        );
+        metric(
+            "xo_target_connections",
+            "gauge",
+            "Connections of this machine at a target.",
+            &of_targets(&|t| t.connections as f64),
+        );
+        metric(
+            "xo_policy_epoch",
+            "gauge",
+            "Policies that this daemon has had.",
+            &one(live.policy.epoch.into()),
+        );
+        metric(
+            "xo_policy_loaded_timestamp_seconds",
+            "gauge",
+            "Since when the policy in force is.",
+            &one(live.policy.loaded_at),
+        );
+        metric(
+            "xo_policy_errors_total",
+            "counter",
+            "Times that the policy file was found broken.",
+            &one(live.policy.errors),
+        );
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let mut samples = Vec::new();
         for ((_, kind), times) in KINDS.iter().zip(times.iter()) {
@@ -325,6 +370,17 @@ fn by_reason(counters: &[AtomicU64; REASONS]) -> (Value, u64) {
         .filter(|(_, n)| *n > 0)
         .collect();
     (object(&counts), counts.iter().map(|(_, n)| n).sum())
+}
+
+fn target_json(target: &TargetView) -> Value {
+    json!({
+        "node": target.name,
+        "address": target.address,
+        "state": target.state,
+        "connections": target.connections,
+        "serves": target.load.connections,
+        "cpu_permille": target.load.cpu_permille,
+    })
 }
 
 fn object(pairs: &[(String, u64)]) -> Value {

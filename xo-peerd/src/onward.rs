@@ -153,7 +153,9 @@ impl Engine {
     /// Feeds the shortcut of a connection and carries out what it says.
     pub(crate) fn shortcut_event(&mut self, key: &ServedKey, event: ShortcutEvent) {
         let Some(served) = self.served.get_mut(key) else { return };
-        match served.shortcut.on(event) {
+        let action = served.shortcut.on(event);
+        log::trace!("{} {} {:x}: {event:?}: {action:?}", served.client, key.0, key.1);
+        match action {
             Some(ShortcutAction::SendMoved) if served.origin.here => {
                 self.come_home(key);
                 self.shortcut_event(key, ShortcutEvent::MovedAck);

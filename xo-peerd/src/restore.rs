@@ -45,6 +45,9 @@ impl Engine {
         if self.is_stopping() {
             return Err(Reason::Stopping);
         }
+        if self.served.get(key).is_some_and(|s| self.is_recalled(&s.origin)) {
+            return Err(Reason::TargetUnwilling);
+        }
         let begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
         self.plan(key, &begin).and_then(|plan| self.carry_out(key, &begin, plan)).map_err(|(reason, text)| {
             if let Some(served) = self.served.get_mut(key) {
@@ -95,7 +98,7 @@ impl Engine {
             }
         };
         let bind = if here { Some(public) } else { bind }.ok_or_else(|| {
-            (Reason::TargetUnwilling, "no address of the client's family in `addresses`".to_owned())
+            (Reason::RestoreFailed, "no address of the client's family in `addresses`".to_owned())
         })?;
         Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4() })
     }

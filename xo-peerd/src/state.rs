@@ -15,6 +15,9 @@ use xo_proto::ipc::Ticket;
 struct File {
     ticket: Ticket,
     names: Vec<Named>,
+    /// Targets that are to have no connections.
+    #[serde(default)]
+    draining: Vec<String>,
 }
 
 /// A peer or a handler.
@@ -41,7 +44,8 @@ impl State {
         path.push(".state");
         let path = PathBuf::from(path);
         let known = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        let state = State { path, file: known.unwrap_or(File { ticket, names: Vec::new() }) };
+        let state =
+            State { path, file: known.unwrap_or(File { ticket, names: Vec::new(), draining: Vec::new() }) };
         state.save()?;
         Ok(state)
     }
@@ -69,9 +73,22 @@ impl State {
         self.file.names.get(number as usize)
     }
 
-    /// Nothing is left to look after.
+    /// Targets that are to have no connections.
+    pub(crate) fn draining(&self) -> &[String] {
+        &self.file.draining
+    }
+
+    /// Sets them, for the next daemon too.
+    pub(crate) fn set_draining(&mut self, nodes: Vec<String>) -> io::Result<()> {
+        let before = std::mem::replace(&mut self.file.draining, nodes);
+        self.save().inspect_err(|_| self.file.draining = before)
+    }
+
+    /// No connection is left to look after.
     pub(crate) fn remove(&self) {
-        let _ = fs::remove_file(&self.path);
+        if self.file.draining.is_empty() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 
     fn save(&self) -> io::Result<()> {
@@ -103,7 +120,13 @@ mod tests {
         assert_eq!((second.number("web", None), second.named(2)), (1, None));
         fs::write(&second.path, "broken").expect("write");
         assert_eq!(State::load(&socket, [3; 16]).expect("state").ticket(), [3; 16]);
-        second.remove();
-        assert!(!second.path.exists());
+        let mut last = State::load(&socket, [4; 16]).expect("state");
+        last.set_draining(vec!["t1".into()]).expect("saved");
+        last.remove();
+        let mut next = State::load(&socket, [5; 16]).expect("state");
+        assert_eq!((next.draining(), next.ticket()), (&["t1".to_owned()][..], [3; 16]));
+        next.set_draining(Vec::new()).expect("saved");
+        next.remove();
+        assert!(!next.path.exists());
     }
 }

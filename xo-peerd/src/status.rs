@@ -50,6 +50,21 @@ pub(crate) fn table(status: &Value) -> String {
     for peer in status["peers"].as_array().into_iter().flatten() {
         line("peer", format!("{} {} {}", text(&peer["node"]), text(&peer["address"]), text(&peer["state"])));
     }
+    for target in status["targets"].as_array().into_iter().flatten() {
+        let (connections, serves) = (&target["connections"], &target["serves"]);
+        let value = format!(
+            "{} {}, {connections} connections from here, serves {serves}",
+            text(&target["node"]),
+            text(&target["state"])
+        );
+        line("target", value);
+    }
+    if status["policy_epoch"] != 0 {
+        let error = status["policy_error"]
+            .as_str()
+            .map_or_else(String::new, |e| format!("; the file is broken: {e}"));
+        line("policy", format!("{}{error}", status["policy_epoch"]));
+    }
     for (name, n) in status["handlers"].as_object().into_iter().flatten() {
         let acceptors =
             status["acceptors"].get(name).map_or_else(String::new, |a| format!(", {a} listening sockets"));

@@ -218,10 +218,15 @@ impl Steer {
         insert(&mut self.flows, key, &FlowEntry { hop: 0, ..entry }, EXIST)
     }
 
-    /// Notes for the next daemon that a connection has left.
-    pub(crate) fn note_left(&mut self, key: &FlowKey, flow_id: u64) -> Result<(), SteerError> {
+    /// Notes that a connection has left (for the program, and for the next daemon), or that this machine is to speak for
+    /// it once more.
+    pub(crate) fn note_left(&mut self, key: &FlowKey, flow_id: u64, left: bool) -> Result<(), SteerError> {
         let entry = self.rewrite_entry(key).filter(|e| e.flow_id == flow_id).ok_or(SteerError::NotOurs)?;
-        insert(&mut self.rewrites, key, &RewriteEntry { left: 1, ..entry }, EXIST)
+        let left = u32::from(left);
+        if entry.left == left {
+            return Ok(());
+        }
+        insert(&mut self.rewrites, key, &RewriteEntry { left, ..entry }, EXIST)
     }
 
     /// Removes the flow's entry if it is still this flow's.

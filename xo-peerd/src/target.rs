@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use xo_proto::board::node_id;
 use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
@@ -118,7 +119,8 @@ impl Served {
 
     /// What is said with it to the process that accepts it.
     pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
-        Deliver { delivery, client: self.client, guest: !self.origin.here, moves: self.moves }
+        let home = node_id(&self.origin.node);
+        Deliver { delivery, client: self.client, guest: !self.origin.here, home, moves: self.moves }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
@@ -170,7 +172,11 @@ impl Engine {
         let Some(node) = self.node_of(index) else { return };
         let key = (node, id);
         let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
-        if moved_on || self.at_home.contains_key(&key) {
+        // Where its home asks about a later move than the last that is known here, it was lost here.
+        let is_known = |k: &ServedKey| {
+            self.served.get(k).is_some_and(|s| (s.origin.hop as u16).wrapping_sub(message.hop) as i16 >= 0)
+        };
+        if moved_on || self.at_home.get(&key).is_some_and(|keys| keys.iter().any(is_known)) {
             // It has been here, or is, by a way that the sender need not know.
             self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
         } else if let Some(served) = self.served.get_mut(&key) {
@@ -269,6 +275,7 @@ impl Engine {
             let Some(served) = self.served.get_mut(key) else { return };
             let before = served.state();
             served.machine.on(&event, &mut actions);
+            log::trace!("{} {} {:x}: {event:?}: {:?}", served.client, key.0, key.1, served.state());
             if (before == TargetState::Ready) != (served.state() == TargetState::Ready) {
                 if before == TargetState::Ready { self.in_flight -= 1 } else { self.in_flight += 1 }
             }
@@ -319,6 +326,10 @@ impl Engine {
                 self.remove_entry(key);
             }
             TargetAction::SendClosed => {
+                // Lost where it had moved on to: the next daemon must know that somebody is to be told.
+                if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry) {
+                    let _ = self.steer.note_left(&flow, key.1, false);
+                }
                 self.send_closed(key);
                 self.at(Instant::now() + CLOSED_PATIENCE, Timer::TargetDeadline(key.clone()));
             }
@@ -329,7 +340,7 @@ impl Engine {
             }
             TargetAction::NoteLeft => {
                 if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
-                    && let Err(e) = self.steer.note_left(&flow, key.1)
+                    && let Err(e) = self.steer.note_left(&flow, key.1, true)
                 {
                     log::error!("noting that a connection of {} has left: {e}", key.0);
                 }

@@ -40,6 +40,8 @@ impl Engine {
             peers: self.peer_views(),
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
+            targets: self.target_views(),
+            policy: self.policy_view(),
         }
     }
 

@@ -13,7 +13,7 @@ use xo_sys::tcp_repair;
 
 use crate::conn;
 use crate::fdtable::{self, Entry};
-use crate::{daemon, init, lifecycle, register};
+use crate::{daemon, init, lifecycle, policy, register};
 
 /// A connection that was passed on leaves repair mode in a moment: yield, then pause, then give up.
 const SPIN: Duration = Duration::from_millis(1);
@@ -23,12 +23,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The port of a tracked listening socket; looks a descriptor up that was never seen in listen() (inherited
 /// over exec, or passed).
 pub(crate) fn tracked_port(fd: c_int) -> Option<u16> {
+    policy::refresh();
     match fdtable::get(fd) {
         Entry::Listener(port) => Some(port),
         Entry::Other | Entry::Connection(_) => None,
         Entry::None | Entry::Epoll => {
             init::active_policy()?;
-            let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| init::tracks(*p));
+            let port = raw::local_address(fd).ok().map(|(a, _)| a.port()).filter(|p| policy::names(*p));
             fdtable::set(fd, port.map_or(Entry::Other, Entry::Listener));
             port
         }
@@ -109,8 +110,8 @@ pub(crate) fn accept(
                 None => {}
             }
         }
-        if client.ip().is_loopback() {
-            // Nothing on the way of a loopback connection can be steered.
+        // Nothing on the way of a loopback connection can be steered.
+        if client.ip().is_loopback() || !is_followed(fd) {
             return accepted;
         }
         daemon::count(Counter::Accepted as usize);
@@ -124,6 +125,12 @@ pub(crate) fn accept(
         lifecycle::tracking();
         return accepted;
     }
+}
+
+/// Does the policy in force say that new connections of this listening socket are followed? (It may have been another
+/// when the socket was first seen.)
+fn is_followed(listener: c_int) -> bool {
+    matches!(fdtable::get(listener), Entry::Listener(port) if policy::follows(port))
 }
 
 /// The daemon takes a connection out of repair mode right after passing it on, unless it died in between. It may not

@@ -1,19 +1,18 @@
 //! At a request's boundary: look at the head without taking it, and decide.
 
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libc::iovec;
 use xo_proto::http::{Head, MAX_HEAD, Method, Progress, RequestHead, parse_head};
-use xo_proto::ipc::{Destination, Offload};
-use xo_proto::policy::Decision;
+use xo_proto::ipc::Offload;
 use xo_proto::reason::Reason;
 use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
 use xo_sys::{raw, tcp_repair};
 
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, poll};
+use crate::{choose, daemon, init, policy, poll};
 
 /// Most heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -22,8 +21,6 @@ const ESTABLISHED: u8 = 1;
 const MOST_MOVES: u8 = 3;
 /// After this long without a verdict, is the daemon still there? Its own limits are below.
 const VERDICT: Duration = Duration::from_secs(5);
-
-static TURN: AtomicUsize = AtomicUsize::new(0);
 
 /// What a read at a boundary comes to.
 pub(crate) enum Outcome {
@@ -233,18 +230,14 @@ fn until(conn: &Conn) -> Duration {
 
 /// Asks the policy, and if it says so the daemon.
 fn wants_to_move(fd: i32, conn: &Conn, index: u32, head: &RequestHead<'_>) -> bool {
-    let Some(policy) = init::active_policy() else { return false };
     // Before the first hello the node's name is not known; rules then name other machines only.
     daemon::open();
-    let (to, handler) = match policy.decide(head, daemon::node()) {
-        Decision::To { targets, handler, .. } => {
-            let turn = TURN.fetch_add(1, Ordering::Relaxed);
-            let Some(target) = targets.get(turn % targets.len().max(1)) else { return false };
-            (Destination::Target { node: target.name.clone(), address: target.address }, handler)
-        }
-        Decision::Local if conn.guest.load(Ordering::Relaxed) => (Destination::Home, ""),
-        Decision::Local | Decision::Here | Decision::Unmatched => {
-            daemon::count(Counter::Local as usize);
+    policy::refresh();
+    let Some(policy) = init::active_policy() else { return false };
+    let (to, handler) = match choose::destination(policy, conn, head) {
+        Ok(chosen) => chosen,
+        Err(why) => {
+            daemon::count(why);
             return false;
         }
     };

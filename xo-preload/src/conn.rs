@@ -48,6 +48,10 @@ pub(crate) struct Conn {
     pub(crate) deadline: AtomicU64,
     /// Another machine has accepted it from its client.
     pub(crate) guest: AtomicBool,
+    /// For a guest, its home's number on the board.
+    pub(crate) home: AtomicU64,
+    /// A choice among several machines has brought it here, or left it here.
+    pub(crate) placed: AtomicBool,
     /// Moves so far on behalf of the request that comes next.
     pub(crate) moves: AtomicU8,
     /// Index of its delivery, if it was restored here; its closing is reported.
@@ -87,6 +91,9 @@ static TABLE: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
 static FREE: AtomicU64 = AtomicU64::new(0);
 /// Entries below this have been used.
 static USED: AtomicU32 = AtomicU32::new(0);
+
+/// See [`followed`].
+static FOLLOWED: AtomicU32 = AtomicU32::new(0);
 
 /// Reserves the table.
 pub(crate) fn start() -> bool {
@@ -131,6 +138,8 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
     conn.guest.store(deliver.is_some_and(|d| d.guest), Ordering::Relaxed);
+    conn.home.store(deliver.map_or(0, |d| d.home), Ordering::Relaxed);
+    conn.placed.store(deliver.is_some(), Ordering::Relaxed);
     conn.moves.store(deliver.map_or(0, |d| d.moves), Ordering::Relaxed);
     conn.delivery.store(deliver.map_or(NONE, |d| d.delivery), Ordering::Relaxed);
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
@@ -144,7 +153,15 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool) -> Op
     }
     conn.kind.store(Kind::Tracked as u8, Ordering::Release);
     fdtable::set(fd, fdtable::Entry::Connection(index));
+    if deliver.is_none() {
+        daemon::set_followed(FOLLOWED.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
+    }
     Some(())
+}
+
+/// Connections in use that this process has accepted from their clients.
+pub(crate) fn followed() -> u32 {
+    FOLLOWED.load(Ordering::Relaxed)
 }
 
 /// The slot table is about to be replaced: what it says for good is remembered.
@@ -228,6 +245,8 @@ impl Conn {
         let delivery = self.delivery.load(Ordering::Relaxed);
         if delivery != NONE {
             daemon::closed_delivery(delivery, self.given_by.load(Ordering::Relaxed));
+        } else {
+            daemon::set_followed(FOLLOWED.fetch_sub(1, Ordering::Relaxed).wrapping_sub(1));
         }
         // A verdict that is still to come finds the slot cleared and is ignored. In a child that has no channel of its
         // own the slot is the parent's, who may be waiting for it.

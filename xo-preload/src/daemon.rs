@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, 
 use std::time::Duration;
 
 use once_cell::race::OnceBox;
+use xo_proto::board::node_id;
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, decode_local, encode_local};
 use xo_proto::ipc::{Deliver, FromDaemon, Offload, Ticket, ToDaemon, VERSION};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{FREE, PENDING, stay};
+use xo_sys::board::Board;
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
@@ -35,6 +37,9 @@ static NODE: OnceBox<String> = OnceBox::new();
 static TICKET: OnceBox<Ticket> = OnceBox::new();
 static CHANNEL: AtomicI32 = AtomicI32::new(-1);
 static SLOTS: AtomicPtr<SlotTable> = AtomicPtr::new(std::ptr::null_mut());
+static BOARD: AtomicPtr<Board> = AtomicPtr::new(std::ptr::null_mut());
+/// This machine's number on the board.
+static NODE_ID: AtomicU64 = AtomicU64::new(0);
 static EPOCH: AtomicU32 = AtomicU32::new(0);
 static OPENING: AtomicBool = AtomicBool::new(false);
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
@@ -59,6 +64,17 @@ pub(crate) fn socket() -> Option<&'static PathBuf> {
 /// This machine's node name, once the daemon has told it.
 pub(crate) fn node() -> &'static str {
     NODE.get().map_or("", String::as_str)
+}
+
+/// This machine's number on the board; 0 while it is not known.
+pub(crate) fn node_number() -> u64 {
+    NODE_ID.load(Ordering::Relaxed)
+}
+
+/// What the daemon makes known to all; that of a daemon which is gone stays in use until there is another.
+pub(crate) fn board() -> Option<&'static Board> {
+    // SAFETY: boards are leaked, never freed: a thread may be reading one.
+    unsafe { BOARD.load(Ordering::Acquire).as_ref() }
 }
 
 /// The channel's descriptor, or -1.
@@ -171,10 +187,14 @@ fn connect() -> bool {
         return false;
     }
     match receive_on(fd.as_raw_fd(), 0) {
-        Some((FromDaemon::Welcome { version: VERSION, node, ticket }, Some(memory))) => {
+        Some((FromDaemon::Welcome { version: VERSION, node, ticket }, [Some(memory), Some(board), _])) => {
             let Ok(table) = SlotTable::map(memory.as_raw_fd()) else { return false };
+            let Ok(board) = Board::map(board.as_raw_fd()) else { return false };
+            NODE_ID.store(node_id(&node), Ordering::Relaxed);
             let _ = NODE.set(Box::new(node));
             let _ = TICKET.set(Box::new(ticket));
+            BOARD.store(Box::into_raw(Box::new(board)), Ordering::Release);
+            table.set_followed(conn::followed());
             conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
@@ -323,6 +343,13 @@ pub(crate) fn clear_slot(slot: u32) {
     }
 }
 
+/// Tells the daemon how many connections this process follows that it has accepted from their clients.
+pub(crate) fn set_followed(n: u32) {
+    if let Some(slots) = slots() {
+        slots.set_followed(n);
+    }
+}
+
 /// Adds one to a counter.
 pub(crate) fn count(counter: usize) {
     if let Some(slots) = slots() {
@@ -401,7 +428,7 @@ pub(crate) fn take(wake_port: u16) -> Option<(Deliver, Fd)> {
         return None;
     }
     match receive_on(fd(), 0)? {
-        (FromDaemon::Deliver(deliver), Some(fd)) => Some((deliver, fd)),
+        (FromDaemon::Deliver(deliver), [Some(fd), ..]) => Some((deliver, fd)),
         _ => None,
     }
 }
@@ -412,14 +439,14 @@ fn send_on(fd: RawFd, message: &ToDaemon, passed: &[RawFd], flags: i32) -> bool 
     fdpass::send(fd, buffer.get(..n).unwrap_or_default(), passed, flags).is_ok()
 }
 
-fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, Option<Fd>)> {
+fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, fdpass::Received)> {
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     match fdpass::recv(fd, &mut buffer, flags) {
         Ok((0, _)) => {
             lost();
             None
         }
-        Ok((n, [passed, ..])) => {
+        Ok((n, passed)) => {
             let message = decode_local(buffer.get(..n).unwrap_or_default()).ok()?;
             Some((message, passed))
         }

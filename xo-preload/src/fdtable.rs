@@ -75,3 +75,13 @@ pub(crate) fn set(fd: i32, entry: Entry) -> Entry {
     }
     before
 }
+
+/// Descriptors that were nothing to us are looked at again: they may be something to a new policy.
+pub(crate) fn forget_others() {
+    let all = 0..i32::try_from(SIZE.load(Ordering::Relaxed)).unwrap_or(i32::MAX);
+    for word in all.filter_map(word) {
+        if word.load(Ordering::Relaxed) == OTHER {
+            let _ = word.compare_exchange(OTHER, 0, Ordering::AcqRel, Ordering::Relaxed);
+        }
+    }
+}

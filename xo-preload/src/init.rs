@@ -6,16 +6,14 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use once_cell::race::OnceBox;
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{alone, conn, daemon, fdtable, hooks, log, mode, spawn};
+use crate::{alone, conn, daemon, fdtable, hooks, log, mode, policy, spawn};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
 
-static POLICY: OnceBox<Policy> = OnceBox::new();
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 static HEAD_TIMEOUT_MS: AtomicU64 = AtomicU64::new(DEFAULT_HEAD_TIMEOUT_MS);
 
@@ -31,9 +29,10 @@ extern "C" fn constructor() {
         return;
     }
     log::start(&env::var("XO_LOG").unwrap_or_default());
-    match policy() {
-        Ok(Some(policy)) if !policy.is_inert() => {
-            let _ = POLICY.set(Box::new(policy));
+    match own_policy() {
+        Ok(Some(own)) if !own.is_inert() => {
+            let ports = env::var_os("XO_LISTEN").map(|_| own.listen.clone());
+            policy::start(own, ports.unwrap_or_default());
         }
         Ok(_) => return,
         Err(text) => return complain(format_args!("{text}; nothing will be offloaded")),
@@ -53,7 +52,7 @@ extern "C" fn constructor() {
     ACTIVE.store(ready, Ordering::Release);
 }
 
-fn policy() -> Result<Option<Policy>, String> {
+fn own_policy() -> Result<Option<Policy>, String> {
     let variable = |name: &str| env::var(name).ok();
     let path = variable("XO_POLICY").filter(|p| !p.is_empty());
     let text = match &path {
@@ -67,12 +66,7 @@ fn policy() -> Result<Option<Policy>, String> {
 
 /// The policy, when there is one that can move anything.
 pub(crate) fn active_policy() -> Option<&'static Policy> {
-    if ACTIVE.load(Ordering::Acquire) { POLICY.get() } else { None }
-}
-
-/// Does the policy track this local port?
-pub(crate) fn tracks(port: u16) -> bool {
-    active_policy().is_some_and(|p| p.listen.contains(&port))
+    if ACTIVE.load(Ordering::Acquire) { policy::current() } else { None }
 }
 
 /// How long an incomplete request head is held back, ns.

@@ -19,6 +19,7 @@
 mod accept;
 mod alone;
 mod boundary;
+mod choose;
 mod conn;
 mod daemon;
 mod fdtable;
@@ -30,6 +31,7 @@ mod io;
 mod lifecycle;
 mod log;
 mod mode;
+mod policy;
 mod poll;
 mod register;
 mod spawn;

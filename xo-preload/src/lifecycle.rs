@@ -7,7 +7,7 @@ use xo_proto::slot::{Counter, GONE, PENDING};
 use xo_sys::raw;
 
 use crate::fdtable::{self, Entry};
-use crate::{boundary, conn, daemon, hide, init, io, register, spawn};
+use crate::{boundary, conn, daemon, hide, init, io, policy, register, spawn};
 
 /// It has been said that there is no daemon.
 static MISSING_SAID: AtomicBool = AtomicBool::new(false);
@@ -22,7 +22,7 @@ pub(crate) fn listening(fd: c_int) {
         return;
     }
     let Ok((address, _)) = raw::local_address(fd) else { return };
-    if !init::tracks(address.port()) {
+    if !policy::names(address.port()) {
         return;
     }
     fdtable::set(fd, Entry::Listener(address.port()));

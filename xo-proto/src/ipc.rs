@@ -8,7 +8,7 @@ use bincode::{Decode, Encode};
 use crate::reason::Reason;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -54,12 +54,21 @@ pub enum ToDaemon {
 }
 
 /// What an operator may ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum Query {
     /// Counters and times.
     Status,
     /// One entry for each connection offloaded from here or served here.
     Flows,
+    /// Give a target no more connections, and have those that it has leave it at their next request; or no longer so.
+    Drain {
+        /// Its node name.
+        node: String,
+        /// Whether to.
+        on: bool,
+    },
+    /// Read the policy file again.
+    Reload,
 }
 
 /// A request to move a connection.
@@ -96,7 +105,7 @@ pub enum Destination {
 /// Daemon to library.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum FromDaemon {
-    /// Answer to `Hello`. Carries the slot table (memfd).
+    /// Answer to `Hello`. Carries the slot table and the board (memfds).
     Welcome {
         /// [`VERSION`].
         version: u16,
@@ -125,6 +134,8 @@ pub struct Deliver {
     pub client: SocketAddr,
     /// The connection is another machine's, and can go home to it.
     pub guest: bool,
+    /// For a guest, the number of its home on the board.
+    pub home: u64,
     /// Moves so far on behalf of the request that waits in it.
     pub moves: u8,
 }

@@ -5,6 +5,7 @@
 //! the parsers be fuzzed, and the same code run inside other people's servers and in the daemon.
 #![forbid(unsafe_code)]
 
+pub mod board;
 pub mod conn;
 pub mod frame;
 pub mod fresh;

@@ -6,12 +6,15 @@
 //! XO_LISTEN  = port *( "," port )
 //! XO_TARGETS = name "=" address ":" port *( "," name "=" address ":" port )
 //! XO_RULES   = rule *( ";" rule )
-//! rule       = *condition "=>" name *( "," name ) [ "@" handler ]
+//! rule       = *condition "=>" place *( "," place ) [ "%" balance [ "(" key ")" ] ] [ "@" handler ]
 //! condition  = "/" prefix | "=" exact-path | "~" path-regex | "host=" name | "method=" name
+//! place      = name [ "*" weight ]
 //! ```
-//! For example `XO_RULES="/img/ => t1,t2 @web; host=a.example /obj/ => t2; / => local"`.
+//! For example `XO_RULES="/img/ => t1,t2*3 @web; host=a.example /obj/ => t1,t2 %hash(path_segment:2); / => local"`.
 
+mod choice;
 mod file;
+mod key;
 mod line;
 mod matching;
 
@@ -19,12 +22,18 @@ use std::net::SocketAddr;
 
 use regex_lite::Regex;
 
+use key::Key;
+
+pub use choice::{Balance, Candidate, Choice, Here, Idle, Pick, View};
+pub(crate) use key::hashed;
 pub use matching::Decision;
 
 /// Handler of rules that name none.
 pub const DEFAULT_HANDLER: &str = "default";
 /// The name in `to` that means: the host serves it.
 pub const LOCAL: &str = "local";
+/// Largest weight.
+const MAX_WEIGHT: u32 = 1000;
 
 /// What is wrong with a policy, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,10 +75,12 @@ pub struct Target {
 #[derive(Clone, Debug)]
 struct Rule {
     conditions: Vec<Condition>,
-    /// The host is among the targets.
-    local: bool,
-    targets: Vec<Target>,
+    candidates: Vec<Candidate>,
     handler: String,
+    balance: Balance,
+    /// Given if and only if it hashes.
+    key: Option<Key>,
+    sticky: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -136,34 +147,39 @@ struct Parts {
 #[derive(Clone, Debug)]
 struct RawRule {
     conditions: Vec<Condition>,
-    to: Vec<At<String>>,
+    to: Vec<At<Share>>,
     handler: Option<String>,
+    balance: Balance,
+    key: Option<Key>,
+    sticky: bool,
     /// Text that the offsets refer to, for one-liners.
     source: Option<String>,
 }
 
+/// A machine in `to`.
+#[derive(Clone, Debug)]
+struct Share {
+    name: String,
+    weight: u32,
+}
+
 impl Parts {
-    fn build(self, text: &str) -> Result<Policy, PolicyError> {
+    fn build(mut self, text: &str) -> Result<Policy, PolicyError> {
         let mut rules = Vec::with_capacity(self.rules.len());
-        for raw in self.rules {
+        for raw in std::mem::take(&mut self.rules) {
+            let handler = raw.handler.as_deref().unwrap_or(DEFAULT_HANDLER);
             let text = raw.source.as_deref().unwrap_or(text);
-            let (mut local, mut targets) = (false, Vec::new());
-            for name in &raw.to {
-                if name.value == LOCAL {
-                    local = true;
-                    continue;
-                }
-                let Some((_, address)) = self.targets.iter().find(|(n, _)| n.value == name.value) else {
-                    let known = self.targets.iter().map(|(n, _)| n.value.as_str()).chain([LOCAL]);
-                    let message =
-                        format!("unknown target `{}`{}", name.value, suggestion(&name.value, known));
-                    let error = error_at(text, name.offset, message);
-                    return Err(if raw.source.is_some() { error.of("XO_RULES") } else { error });
-                };
-                targets.push(Target { name: name.value.clone(), address: *address });
-            }
-            let handler = raw.handler.unwrap_or_else(|| DEFAULT_HANDLER.to_owned());
-            rules.push(Rule { conditions: raw.conditions, local, targets, handler });
+            let candidates = self.candidates(text, &raw.to, handler);
+            let candidates =
+                candidates.map_err(|e| if raw.source.is_some() { e.of("XO_RULES") } else { e })?;
+            rules.push(Rule {
+                conditions: raw.conditions,
+                candidates,
+                handler: handler.to_owned(),
+                balance: raw.balance,
+                key: raw.key,
+                sticky: raw.sticky,
+            });
         }
         let targets = self.targets.into_iter();
         Ok(Policy {
@@ -171,6 +187,30 @@ impl Parts {
             targets: targets.map(|(name, address)| Target { name: name.value, address }).collect(),
             rules,
         })
+    }
+
+    fn candidates(&self, text: &str, to: &[At<Share>], handler: &str) -> Result<Vec<Candidate>, PolicyError> {
+        let mut candidates: Vec<Candidate> = Vec::with_capacity(to.len());
+        for At { value: Share { name, weight }, offset } in to {
+            let fail = |message: String| error_at(text, *offset, message);
+            let known = self.targets.iter().find(|(n, _)| n.value == *name);
+            let address = match known {
+                Some((_, address)) => Some(*address),
+                None if name == LOCAL => None,
+                None => {
+                    let known = self.targets.iter().map(|(n, _)| n.value.as_str()).chain([LOCAL]);
+                    return Err(fail(format!("unknown target `{name}`{}", suggestion(name, known))));
+                }
+            };
+            if candidates.iter().any(|c| c.name == *name) {
+                return Err(fail(format!("`{name}` stands twice; a weight gives it more")));
+            }
+            if !(1..=MAX_WEIGHT).contains(weight) {
+                return Err(fail(format!("a weight is 1 to {MAX_WEIGHT}")));
+            }
+            candidates.push(choice::candidate(name, address, *weight, handler));
+        }
+        Ok(candidates)
     }
 }
 

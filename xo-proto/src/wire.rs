@@ -8,7 +8,7 @@ use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// First field of the first message.
 pub const MAGIC: [u8; 4] = *b"XOP1";
 
@@ -48,6 +48,11 @@ pub enum PeerMessage {
     Ping(Ping),
     /// Answer to `Ping`, with its number.
     Pong(u64),
+    /// To all peers, ten times a second: what the sender has to do.
+    Load(Load),
+    /// Home to target: my connections are to leave these machines at their next request, and no new ones are to go there.
+    /// All of them: one that was named before and is not now may have connections again.
+    Recall(Vec<String>),
 }
 
 /// Who is speaking.
@@ -63,6 +68,17 @@ pub struct Hello {
     pub boot_id: [u8; 16],
     /// The kernel's `TCP_TIMESTAMP` carries the timestamp unit in bit 0.
     pub usec_timestamps: bool,
+}
+
+/// How busy a machine is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Load {
+    /// Connections that it serves: other machines', and its own as far as they are followed.
+    pub connections: u32,
+    /// How busy its processors have been of late.
+    pub cpu_permille: u16,
+    /// Handlers that take connections now.
+    pub handlers: Vec<String>,
 }
 
 /// Liveness probe.
@@ -146,6 +162,8 @@ pub struct HostReady {
     pub id: HandoffId,
     /// Options that the server had set; `None` when they could not be read.
     pub options: Option<SockOptions>,
+    /// [`Home::hop`] of the move that the redirect is owed to, its lower half; 1 is the first.
+    pub hop: u16,
     /// Time since the dump, ns. The timestamp clock goes on by as much: the emptied socket may have sent an
     /// acknowledgement meanwhile, and the client drops what looks older (RFC 7323, 5.3).
     pub elapsed_ns: u64,

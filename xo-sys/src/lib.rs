@@ -2,6 +2,7 @@
 //!
 //! Everything goes to the kernel directly (see [`raw`]): this crate is linked into the preload library,
 //! where a call through libc's `recvmsg` would end in our own hook.
+pub mod board;
 pub mod fdpass;
 pub mod probe;
 pub mod raw;

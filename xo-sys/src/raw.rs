@@ -120,9 +120,20 @@ pub fn file_size(fd: RawFd) -> io::Result<u64> {
 /// # Errors
 /// Of mmap(2).
 pub fn map_shared(fd: RawFd, size: usize) -> io::Result<*mut u8> {
+    map_file(fd, size, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+/// As [`map_shared`], to read only.
+///
+/// # Errors
+/// Of mmap(2).
+pub fn map_shared_readonly(fd: RawFd, size: usize) -> io::Result<*mut u8> {
+    map_file(fd, size, libc::PROT_READ)
+}
+
+fn map_file(fd: RawFd, size: usize, protection: i32) -> io::Result<*mut u8> {
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    sys!(libc::SYS_mmap, 0, size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0)
-        .map(|a| a as *mut u8)
+    sys!(libc::SYS_mmap, 0, size, protection, libc::MAP_SHARED, fd, 0).map(|a| a as *mut u8)
 }
 
 /// munmap(2) of a mapping that [`map_shared`] made.

@@ -30,6 +30,9 @@ struct Table {
     magic: AtomicU32,
     size: AtomicU32,
     wake_ports: [AtomicU32; WAKE_PORTS],
+    /// Followed connections that the process has accepted from their clients.
+    followed: AtomicU32,
+    _unused: AtomicU32,
     counters: [AtomicU64; COUNTERS],
     slots: [Slot; SLOTS],
     deliveries: [AtomicU32; DELIVERIES],
@@ -186,6 +189,16 @@ impl SlotTable {
     /// A counter's value.
     pub fn counter(&self, counter: usize) -> u64 {
         self.get().counters.get(counter).map_or(0, |c| c.load(Ordering::Relaxed))
+    }
+
+    /// Says how many connections the process follows that it has accepted from their clients.
+    pub fn set_followed(&self, n: u32) {
+        self.get().followed.store(n, Ordering::Relaxed);
+    }
+
+    /// How many it follows.
+    pub fn followed(&self) -> u32 {
+        self.get().followed.load(Ordering::Relaxed)
     }
 
     /// Announces the source port of a wake-up connection; `false` when the list is full.

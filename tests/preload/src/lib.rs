@@ -14,6 +14,7 @@ pub mod hostile;
 pub mod kinds;
 pub mod load;
 pub mod plain;
+pub mod pool;
 pub mod program;
 pub mod random;
 pub mod servers;

@@ -103,6 +103,14 @@ impl Bed {
         if output.status.success() { serde_json::from_slice(&output.stdout).ok() } else { None }
     }
 
+    /// The output of `xo-peerd flows`.
+    #[must_use]
+    pub fn flows(&self, node: &str) -> String {
+        let mut command = Command::new(built("xo-peerd"));
+        let output = command.args(["flows", "--socket"]).arg(self.socket(node)).output();
+        output.map_or_else(|e| e.to_string(), |o| String::from_utf8_lossy(&o.stdout).into_owned())
+    }
+
     /// A number in the status of a node's daemon, by JSON pointer.
     ///
     /// # Panics
@@ -131,7 +139,12 @@ impl Bed {
                 let zero = |pointer| self.status(node, pointer) == 0;
                 zero("/flows_hosted") && zero("/flows_served") && zero("/steering/flow_entries")
             });
-            assert!(idle, "connections are left on {node}: {:?}", self.try_status(node));
+            assert!(
+                idle,
+                "connections are left on {node}: {:?}\n{}",
+                self.try_status(node),
+                nodes.iter().map(|n| self.flows(n)).collect::<String>()
+            );
         }
     }
 

@@ -98,7 +98,10 @@ impl Bed {
     }
 
     /// Waits until each daemon is connected to all targets.
-    fn wait_connected(&self, nodes: &[String]) {
+    ///
+    /// # Panics
+    /// When they do not come to be.
+    pub fn wait_connected(&self, nodes: &[String]) {
         for node in nodes {
             let connected = || {
                 let status = self.try_status(node)?;

@@ -106,7 +106,8 @@ pub struct RewriteEntry {
     pub home_peer: u32,
     /// How often the connection has moved since it was at home; 1 if it came from there.
     pub hop: u32,
-    /// Not 0: the connection has left this machine; for user space only, as are the four before.
+    /// Not 0: the connection has left this machine, which says nothing more about it. The four before are for user space
+    /// only.
     pub left: u32,
     /// Zero.
     pub pad: u32,
@@ -154,10 +155,12 @@ pub enum Path {
     RewriteFailed = 9,
     /// Ingress: of a connection that has come home by a detour; rewritten and passed to the local stack.
     Delivered = 10,
+    /// Egress: a RST for a connection that has left this machine; dropped.
+    Muted = 11,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 11;
+pub const PATHS: u32 = 12;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -172,6 +175,7 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "rewritten",
     "rewrite_failed",
     "delivered",
+    "muted",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);

@@ -347,10 +347,10 @@ fn a_policy_is_checked_and_its_errors_are_its_own() {
     let text = format!("{BASE}policy = \"{}\"\n", policy.display());
     let error = directory.load(&text).expect_err("a rule without its target").to_string();
     assert_eq!(error, format!("{}:4:7: unknown target `t9`", policy.display()));
-    assert_eq!(load_policy(&policy).expect_err("the same").to_string(), error);
+    assert_eq!(Loaded::read(&policy).expect_err("the same").to_string(), error);
     fs::write(&policy, "listen = [80, 443]\n").expect("a file");
     directory.load(&text).expect("a configuration");
-    assert_eq!(load_policy(&policy).expect("a policy").listen, [80, 443]);
+    assert_eq!(Loaded::read(&policy).expect("a policy").policy.listen, [80, 443]);
     let error = directory.load(&format!("{BASE}policy = \"{}\"\n", directory.0.display()));
     let error = error.expect_err("a directory").to_string();
     assert_eq!(error, format!("{}: Is a directory (os error 21)", directory.0.display()));

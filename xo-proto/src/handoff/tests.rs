@@ -108,6 +108,30 @@ fn host_resets_what_the_target_lost() {
     assert_eq!(actions[actions.len() - 2..], [HostAction::SendHostReady, HostAction::Reset]);
 }
 
+/// CLOSED may be lost with a channel, and the target may have forgotten the connection since.
+#[test]
+fn host_asks_again_about_what_it_has_offloaded() {
+    use HostAction as A;
+    use HostEvent::*;
+    let offloaded = [ready(false), Handed, PeerLost, PeerBack];
+    let (state, actions) = host(false, &begun_and(&offloaded));
+    assert_eq!((state, actions.last()), (HostState::Offloaded, Some(&A::SendHostReady)));
+    let (state, actions) = host(true, &begun_and(&[Deadline, Closed]));
+    let told = [A::Vacate, A::Reset, A::SendClosedAck];
+    assert_eq!((state, &actions[actions.len() - 3..]), (HostState::Done, &told[..]));
+}
+
+#[test]
+fn target_that_is_asked_about_the_end_says_it_again() {
+    use TargetEvent::*;
+    let gone = [Begin, Restored(Ok(())), HostReady, Handed(Ok(())), SocketGone];
+    for question in [Query, HostReady, PeerBack] {
+        let events: Vec<_> = gone.iter().cloned().chain([question]).collect();
+        let (state, actions) = target(false, &events);
+        assert_eq!((state, actions.last()), (TargetState::Closing, Some(&TargetAction::SendClosed)));
+    }
+}
+
 #[test]
 fn strict_target_starts_only_after_host_ready() {
     use TargetEvent::*;

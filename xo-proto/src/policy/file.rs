@@ -1,13 +1,19 @@
 //! `policy.toml`.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Formatter};
 use std::net::SocketAddr;
 
 use regex_lite::Regex;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use toml::Spanned;
 
-use super::{At, Condition, Parts, Policy, PolicyError, RawRule, check_listen, check_targets, error_at};
+use super::key::Key;
+use super::{
+    At, Balance, Condition, Parts, Policy, PolicyError, RawRule, Share, check_listen, check_targets, error_at,
+};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,8 +34,10 @@ struct FileRule {
     host: Option<String>,
     method: Option<OneOrMore>,
     header: Option<HeaderCondition>,
-    to: Spanned<Vec<Spanned<String>>>,
-    balance: Option<Spanned<Balance>>,
+    to: Spanned<Vec<Spanned<FileShare>>>,
+    balance: Option<Spanned<Named>>,
+    key: Option<Spanned<String>>,
+    sticky: Option<bool>,
     handler: Option<String>,
 }
 
@@ -47,13 +55,49 @@ struct HeaderCondition {
     value: Option<String>,
 }
 
-#[derive(Deserialize, PartialEq)]
-#[serde(rename_all = "snake_case")]
-enum Balance {
-    RoundRobin,
-    LeastLoaded,
-    RandomTwo,
-    Hash,
+/// `"t1"` or `{ name = "t1", weight = 3 }`.
+struct FileShare(Share);
+
+impl<'de> Deserialize<'de> for FileShare {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<FileShare, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = FileShare;
+
+            fn expecting(&self, f: &mut Formatter<'_>) -> fmt::Result {
+                f.write_str("a name or { name = ..., weight = ... }")
+            }
+
+            fn visit_str<E: Error>(self, name: &str) -> Result<FileShare, E> {
+                Ok(FileShare(Share { name: name.to_owned(), weight: 1 }))
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<FileShare, M::Error> {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Table {
+                    name: String,
+                    weight: u32,
+                }
+                let Table { name, weight } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(FileShare(Share { name, weight }))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+struct Named(Balance);
+
+impl<'de> Deserialize<'de> for Named {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Named, D::Error> {
+        const NAMES: [&str; Balance::NAMES.len()] = {
+            let [a, b, c, d] = Balance::NAMES;
+            [a.0, b.0, c.0, d.0]
+        };
+        let name = String::deserialize(deserializer)?;
+        Balance::named(&name).map(Named).ok_or_else(|| D::Error::unknown_variant(&name, &NAMES))
+    }
 }
 
 pub(super) fn parse(text: &str) -> Result<Policy, PolicyError> {
@@ -88,10 +132,7 @@ fn raw_rule(text: &str, rule: FileRule) -> Result<RawRule, PolicyError> {
     if rule.to.get_ref().is_empty() {
         return Err(error_at(text, rule.to.span().start, "`to` names no target"));
     }
-    if let Some(balance) = rule.balance.filter(|b| *b.get_ref() != Balance::RoundRobin) {
-        let message = "this version balances by `round_robin` only";
-        return Err(error_at(text, balance.span().start, message));
-    }
+    let (balance, key) = choice(text, rule.balance, rule.key)?;
     let mut conditions = Vec::new();
     for (path, make) in [
         (rule.path_prefix, Condition::Prefix as fn(String) -> Condition),
@@ -118,6 +159,29 @@ fn raw_rule(text: &str, rule: FileRule) -> Result<RawRule, PolicyError> {
     }));
     conditions.extend(rule.header.map(|h| Condition::Header { name: h.name, value: h.value }));
     let to = rule.to.into_inner().into_iter();
-    let to = to.map(|name| At { offset: name.span().start, value: name.into_inner() }).collect();
-    Ok(RawRule { conditions, to, handler: rule.handler, source: None })
+    let to = to.map(|share| At { offset: share.span().start, value: share.into_inner().0 }).collect();
+    let sticky = rule.sticky.unwrap_or(true);
+    Ok(RawRule { conditions, to, handler: rule.handler, balance, key, sticky, source: None })
+}
+
+fn choice(
+    text: &str,
+    balance: Option<Spanned<Named>>,
+    key: Option<Spanned<String>>,
+) -> Result<(Balance, Option<Key>), PolicyError> {
+    let chosen = balance.as_ref().map_or(Balance::default(), |b| b.get_ref().0);
+    match (chosen, key) {
+        (Balance::Hash, None) => {
+            let at = balance.map_or(0, |b| b.span().start);
+            Err(error_at(text, at, "`hash` needs a `key`"))
+        }
+        (Balance::Hash, Some(key)) => {
+            let parsed = Key::parse(key.get_ref()).map_err(|m| error_at(text, key.span().start, m))?;
+            Ok((chosen, Some(parsed)))
+        }
+        (_, Some(key)) => {
+            Err(error_at(text, key.span().start, "`key` has no effect without `balance = \"hash\"`"))
+        }
+        (_, None) => Ok((chosen, None)),
+    }
 }

@@ -2,7 +2,8 @@
 
 use regex_lite::Regex;
 
-use super::{At, Condition, PolicyError, RawRule, check_listen, check_targets, error_at};
+use super::key::Key;
+use super::{At, Balance, Condition, PolicyError, RawRule, Share, check_listen, check_targets, error_at};
 
 /// `XO_LISTEN`.
 pub(super) fn listen(text: &str) -> Result<Vec<At<u16>>, PolicyError> {
@@ -50,16 +51,49 @@ fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
         Some((names, handler)) => (names, Some(handler.trim().to_owned())),
         None => (to, None),
     };
+    let (names, choice) = match names.split_once('%') {
+        Some((names, choice)) => (names, Some(At { value: choice, offset: to_offset + names.len() + 1 })),
+        None => (names, None),
+    };
+    let (balance, key) = match choice {
+        Some(c) => self::choice(c.value.trim()).map_err(|message| error_at(text, c.offset, message))?,
+        None => (Balance::default(), None),
+    };
     let conditions = items(item.offset, conditions, ' ')
         .map(|c| condition(c.value).map_err(|message| error_at(text, c.offset, message)))
         .collect::<Result<Vec<_>, _>>()?;
-    let to: Vec<_> = items(to_offset, names, ',')
-        .map(|name| At { value: name.value.to_owned(), offset: name.offset })
-        .collect();
+    let to = items(to_offset, names, ',')
+        .map(|s| Ok(At { value: share(s.value).map_err(|m| error_at(text, s.offset, m))?, offset: s.offset }))
+        .collect::<Result<Vec<_>, _>>()?;
     if to.is_empty() {
         return Err(error_at(text, to_offset, "no target after `=>`"));
     }
-    Ok(RawRule { conditions, to, handler, source: Some(text.to_owned()) })
+    Ok(RawRule { conditions, to, handler, balance, key, sticky: true, source: Some(text.to_owned()) })
+}
+
+fn share(text: &str) -> Result<Share, String> {
+    let Some((name, weight)) = text.split_once('*') else {
+        return Ok(Share { name: text.to_owned(), weight: 1 });
+    };
+    let weight = weight.trim().parse().map_err(|_| format!("`{text}` is not NAME*WEIGHT"))?;
+    Ok(Share { name: name.trim().to_owned(), weight })
+}
+
+/// `balance` or `hash(key)`.
+fn choice(text: &str) -> Result<(Balance, Option<Key>), String> {
+    let (name, key) = match text.split_once('(') {
+        Some((name, rest)) => (name, Some(rest.strip_suffix(')').ok_or("`(` without `)`")?)),
+        None => (text, None),
+    };
+    match (Balance::named(name), key) {
+        (Some(Balance::Hash), Some(key)) => Ok((Balance::Hash, Some(Key::parse(key)?))),
+        (Some(Balance::Hash), None) => Err("`hash` needs a key: hash(path)".into()),
+        (Some(balance), None) => Ok((balance, None)),
+        (Some(_), Some(_)) => Err(format!("`{name}` has no key")),
+        (None, _) => {
+            Err(format!("`{name}` is no way to choose (round_robin, least_loaded, random_two, hash(KEY))"))
+        }
+    }
 }
 
 fn condition(text: &str) -> Result<Condition, String> {

@@ -2,47 +2,42 @@
 
 use std::borrow::Cow;
 
-use super::{Condition, Policy, Rule, Target};
+use super::{Balance, Choice, Condition, LOCAL, Policy, Rule};
 use crate::http::RequestHead;
 
 /// What the policy says about a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Decision<'p> {
     /// No rule is about it: served where it is.
     Unmatched,
-    /// To the machine that accepted the connection from its client.
-    Local,
-    /// The rule names this machine.
-    Here,
-    /// To one of these, by turns.
-    To {
-        /// Number of the rule, from 0.
-        rule: usize,
-        /// At least one.
-        targets: &'p [Target],
-        /// Handler at the target.
-        handler: &'p str,
-    },
+    /// To one of several machines.
+    Choose(Choice<'p>),
 }
 
 impl Policy {
-    /// Decides about a request on the machine `node`: a rule that names this machine leaves it here.
+    /// Decides about a request.
     #[must_use]
-    pub fn decide(&self, head: &RequestHead<'_>, node: &str) -> Decision<'_> {
+    pub fn decide(&self, head: &RequestHead<'_>) -> Decision<'_> {
         let path = normalised(head.path);
         let found = self.rules.iter().enumerate().find(|(_, r)| r.matches(head, &path));
         match found {
             None => Decision::Unmatched,
-            Some((_, r)) if r.targets.iter().any(|t| t.name == node) => Decision::Here,
-            Some((_, r)) if r.local || r.targets.is_empty() => Decision::Local,
-            Some((rule, r)) => Decision::To { rule, targets: &r.targets, handler: &r.handler },
+            Some((number, rule)) => Decision::Choose(rule.choice(number, head, &path)),
         }
     }
 
-    /// Can any request leave the machine `node`? If not, there is no need to look at them.
+    /// Can any request on a connection that the machine `node` accepts leave it? If not, there is no need to look at them.
     #[must_use]
     pub fn leads_away_from(&self, node: &str) -> bool {
         self.rules.iter().any(|r| r.leads_away_from(node))
+    }
+
+    /// Machines and the handlers there that rules name, `local` not among them.
+    pub fn handlers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.rules.iter().flat_map(|r| {
+            let named = r.candidates.iter().filter(|c| !c.is_local());
+            named.map(|c| (c.name.as_str(), r.handler.as_str()))
+        })
     }
 
     /// Does it concern no connection at all? (Without rules none leaves, but restored ones may come.)
@@ -53,8 +48,25 @@ impl Policy {
 }
 
 impl Rule {
+    /// A request without the key that the rule hashes is served by turns, as HAProxy does it.
+    fn choice(&self, rule: usize, head: &RequestHead<'_>, path: &str) -> Choice<'_> {
+        let key = self.key.as_ref().and_then(|k| k.hash(head, path));
+        let balance =
+            if key.is_none() && self.balance == Balance::Hash { Balance::RoundRobin } else { self.balance };
+        Choice {
+            rule,
+            candidates: &self.candidates,
+            handler: &self.handler,
+            balance,
+            sticky: self.sticky,
+            key,
+        }
+    }
+
     fn leads_away_from(&self, node: &str) -> bool {
-        !self.local && !self.targets.is_empty() && self.targets.iter().all(|t| t.name != node)
+        let stays =
+            self.balance != Balance::Hash && self.sticky && self.candidates.iter().any(|c| c.name == node);
+        !stays && self.candidates.iter().any(|c| c.name != node && c.name != LOCAL)
     }
 
     fn matches(&self, head: &RequestHead<'_>, path: &str) -> bool {

@@ -37,12 +37,16 @@ fn head(text: &str) -> RequestHead<'_> {
     }
 }
 
+/// Rule, candidates and handler of a request that leaves the node.
 fn names(policy: &Policy, node: &str, request: &str) -> Option<(usize, Vec<String>, String)> {
-    match policy.decide(&head(&format!("{request}\r\n\r\n")), node) {
-        Decision::Unmatched | Decision::Local | Decision::Here => None,
-        Decision::To { rule, targets, handler } => {
-            Some((rule, targets.iter().map(|t| t.name.clone()).collect(), handler.to_owned()))
+    let request = format!("{request}\r\n\r\n");
+    let Decision::Choose(choice) = policy.decide(&head(&request)) else { return None };
+    match choice.pick(&Here { node, ..Here::default() }, &Idle) {
+        Pick::To(_) => {
+            let names = choice.candidates.iter().map(|c| c.name.clone()).collect();
+            Some((choice.rule, names, choice.handler.to_owned()))
         }
+        _ => None,
     }
 }
 
@@ -77,6 +81,8 @@ fn rules_that_lead_nowhere_else() {
     assert!(leads("/a => local; /b => t1", "host") && leads("/b => t1; /c => t2", "t1"));
     assert!(!leads("/a => local", "host") && !leads("/b => t1; /c => t2,t1", "t1"));
     assert!(leads("/b => t1", ""), "before the node's name is known");
+    assert!(leads("/b => local,t1", "host") && !leads("/b => local,t1", "t1"));
+    assert!(leads("/b => t1,t2 %hash(path)", "t1"), "the key decides, though t1 is named");
 }
 
 #[test]
@@ -111,7 +117,16 @@ fn errors_say_where() {
         ("[80, 443]", "[80, 80]", 2, 15, "stands twice"),
         ("[80, 443]", "\"80\"", 2, 10, "invalid type"),
         ("round_robin", "robin", 15, 11, "unknown variant `robin`"),
-        ("round_robin", "hash", 15, 11, "round_robin` only"),
+        ("round_robin", "hash", 15, 11, "`hash` needs a `key`"),
+        ("handler", "key = \"path\"\nhandler", 16, 7, "no effect without"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"path_segment:0\"", 16, 7, "counted from 1"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"query\"", 16, 7, "needs a name (query:NAME)"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"uri\"", 16, 7, "`uri` is no key"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", \"t1\"]", 14, 13, "`t1` stands twice"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\", weight=0}]", 14, 13, "a weight is 1 to"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\", wait=1}]", 14, 25, "unknown field `wait`"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", {name=\"t2\"}]", 14, 13, "missing field `weight`"),
+        ("[\"t1\", \"t2\"]", "[\"t1\", 2]", 14, 13, "a name or {"),
         ("^/v[0-9]+", "^/v[0-9+", 25, 14, "path_regex"),
         ("\"/img/\"", "\"img/\"", 13, 15, "begins with `/`"),
         ("[80, 443]", "[80, 0]", 2, 15, "`0` is not a port"),
@@ -152,9 +167,20 @@ fn one_liners_mean_the_same() {
         assert_eq!((e.line, e.column), (line, column), "{e}");
         assert!(e.message.starts_with(part), "{e}");
     }
-    for (rules, column) in
-        [("/ => t9", 6), ("/ t1", 1), ("/ => ", 5), ("x => t1", 1), ("/ => t1; / => local; ~[ => t1", 22)]
-    {
+    for (rules, column) in [
+        ("/ => t9", 6),
+        ("/ t1", 1),
+        ("/ => ", 5),
+        ("x => t1", 1),
+        ("/ => t1; / => local; ~[ => t1", 22),
+        ("/ => t1,t2*x", 9),
+        ("/ => t1,t2*1001", 9),
+        ("/ => t1 %hash @web", 10),
+        ("/ => t1 %hash(path @web", 10),
+        ("/ => t1 %hash(uri)", 10),
+        ("/ => t1 %fastest", 10),
+        ("/ => t1 %random_two(path)", 10),
+    ] {
         let e = Policy::load(None, listen, targets, Some(rules)).expect_err(rules);
         assert_eq!((e.line, e.column), (1, column), "{rules}: {e}");
     }

@@ -139,3 +139,25 @@ fn what_cannot_be_loaded_says_why() {
         .to_string();
     assert!(error.starts_with("interface no-such0: "), "{error}");
 }
+
+/// What the stack says of a connection that has left is not for its client; what the daemon says is.
+#[test]
+fn a_reset_of_a_connection_that_has_left_is_muted() {
+    let mut bench = Bench::new();
+    let out = |flags: &str| frame(&format!("eth | v4 10.2.0.2 > 192.0.2.7 | tcp 80 > 40000 {flags}"));
+    bench.steer.hold(&key(40000), 7, 0).expect("an entry");
+    assert_eq!(bench.run(Hook::Egress, &out("R")).0, Verdict::Pass, "held: it is still here");
+    bench.steer.redirect(&key(40000), 7, (0, 1), target()).expect("the flip");
+    assert_eq!(bench.run(Hook::Egress, &out("R")).0, Verdict::Drop);
+    assert_eq!(bench.run(Hook::Egress, &out("RA")).0, Verdict::Drop);
+    assert_eq!(bench.run(Hook::Egress, &out("A")).0, Verdict::Pass);
+    assert!(bench.steer.remove_flow(&key(40000), 7).expect("the map"));
+    assert_eq!(bench.run(Hook::Egress, &out("R")).0, Verdict::Pass);
+    bench.steer.rewrite(&key(40000), &owner(7), target()).expect("an entry");
+    for left in [false, true, false] {
+        bench.steer.note_left(&key(40000), 7, left).expect("the entry");
+        let verdict = if left { Verdict::Drop } else { Verdict::Pass };
+        assert_eq!(bench.run(Hook::Egress, &out("R")).0, verdict, "left: {left}");
+    }
+    assert_eq!(bench.steer.counters()[Path::Muted as usize], 3);
+}

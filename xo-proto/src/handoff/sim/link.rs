@@ -24,6 +24,12 @@ pub enum Message {
     ClosedAck { handoff: HandoffIndex },
 }
 
+impl Message {
+    pub(crate) fn is_about_a_handoff(self) -> bool {
+        !matches!(self, Message::Hello | Message::Ping | Message::Pong)
+    }
+}
+
 /// One end of a channel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct End {

@@ -199,10 +199,10 @@ impl World {
                 if !other.inbox.is_empty() {
                     moves.push(Move::Break { channel, end, lost: true });
                 }
-                if !this.stalled {
+                if c.is_due(end) {
                     moves.push(Move::Stall { channel, end });
                 }
-                if !this.inbox.is_empty() {
+                if this.inbox.front().is_some_and(|(_, message)| message.is_about_a_handoff()) {
                     moves.push(Move::Duplicate { channel, end });
                 }
             }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::explore::explore;
 use super::*;
 
-/// Two mishaps, or as many as `XO_SIM_FAULTS` says (three take hours).
+/// Two mishaps, or as many as `XO_SIM_FAULTS` says (three: ten minutes, 10 GB).
 fn faults() -> u8 {
     u8::try_from(from_env("XO_SIM_FAULTS", 2)).expect("a few")
 }
