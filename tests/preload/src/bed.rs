@@ -91,6 +91,14 @@ impl Bed {
         File::open(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
     }
 
+    /// Where a node's daemon pins its programs and maps; the name ends in the namespace's number.
+    #[must_use]
+    pub fn pins(&self, node: &str) -> PathBuf {
+        let namespace =
+            fs::metadata(format!("/run/netns/{}{node}", self.prefix)).map_or(0, |about| about.ino());
+        PathBuf::from(format!("/sys/fs/bpf/xo/{node}-{namespace}"))
+    }
+
     /// Starts a program in a node; `name` is that of its log.
     ///
     /// # Panics
@@ -167,9 +175,8 @@ impl Drop for Bed {
             }
         }
         for node in self.nodes() {
-            // What a daemon that was killed has left pinned; its name ends in the namespace's number.
-            let Ok(about) = fs::metadata(format!("/run/netns/{}{node}", self.prefix)) else { continue };
-            let _ = fs::remove_dir_all(format!("/sys/fs/bpf/xo/{node}-{}", about.ino()));
+            // What a daemon that was killed has left pinned.
+            let _ = fs::remove_dir_all(self.pins(&node));
         }
         let script = root().join("scripts/testbed");
         let _ = Command::new(script).arg("down").env("XO_BED_PREFIX", &self.prefix).status();

@@ -53,6 +53,11 @@ fn broken(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text.into())
 }
 
+/// The other end has closed too early.
+fn ended(text: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, text.into())
+}
+
 impl Connection {
     /// Connects from the calling thread's namespace.
     ///
@@ -171,10 +176,7 @@ impl Connection {
             }
             if self.more()? == 0 {
                 let text = String::from_utf8_lossy(&self.buffer).into_owned();
-                return Err(broken(format!(
-                    "the stream ends after {} bytes of a head: {text:?}",
-                    text.len()
-                )));
+                return Err(ended(format!("the stream ends after {} bytes of a head: {text:?}", text.len())));
             }
         };
         let head = String::from_utf8_lossy(&self.buffer[..end]).into_owned();
@@ -210,7 +212,7 @@ impl Connection {
     pub fn exactly(&mut self, n: usize) -> io::Result<Vec<u8>> {
         while self.buffer.len() < n {
             if self.more()? == 0 {
-                return Err(broken(format!("the stream ends after {} of {n} bytes", self.buffer.len())));
+                return Err(ended(format!("the stream ends after {} of {n} bytes", self.buffer.len())));
             }
         }
         let rest = self.buffer.split_off(n);
@@ -240,7 +242,7 @@ impl Connection {
                 return Ok(line);
             }
             if self.more()? == 0 {
-                return Err(broken("the stream ends in a line"));
+                return Err(ended("the stream ends in a line"));
             }
         }
     }

@@ -1,34 +1,6 @@
 //! Random streams of requests: mostly valid ones, with what servers disagree about strewn in.
 
-/// SplitMix64: the same numbers from the same seed, everywhere.
-#[derive(Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn of<'v>(&mut self, values: &[&'v str]) -> &'v str {
-        values[self.below(values.len())]
-    }
-
-    /// One of `plain`, but once in `n` times one of `odd`.
-    fn rarely<'v>(&mut self, n: usize, odd: &[&'v str], plain: &[&'v str]) -> &'v str {
-        if self.one_in(n) { self.of(odd) } else { self.of(plain) }
-    }
-}
+use crate::random::Random;
 
 /// Some requests on one connection, every second time with a few bytes changed.
 pub fn stream(r: &mut Random) -> Vec<u8> {

@@ -148,6 +148,19 @@ impl Bed {
         }
     }
 
+    /// After daemon and server of a node have been stopped: no file, no BPF program is left of them.
+    ///
+    /// # Panics
+    /// When something is.
+    pub fn nothing_left(&self, node: &str) {
+        assert!(!self.socket(node).exists(), "the socket of {node}");
+        let net = self.run(node, Command::new("bpftool").args(["net", "show"]));
+        assert!(!net.contains("xo_"), "BPF programs on {node}: {net}");
+        let filters = self.run(node, Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
+        assert_eq!(filters, "", "filters on {node}");
+        assert!(!self.pins(node).exists(), "{} is left", self.pins(node).display());
+    }
+
     /// A program under the library, with the bed's usual policy.
     #[must_use]
     pub fn preloaded(&self, node: &str, program: &str) -> Command {

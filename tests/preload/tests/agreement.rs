@@ -2,15 +2,15 @@
 //! same bodies. Anything else would be a way to smuggle a request past the policy. What we refuse is left to the server.
 
 use std::collections::BTreeMap;
-use std::env;
 
 use xo_proto::http::{Head, parse_head};
 use xo_proto::policy::{Decision, Policy};
 use xo_proto::reason::Reason;
 use xo_tests::Connection;
 use xo_tests::framer::{self, Request, Stop};
-use xo_tests::hostile::{self, Random};
+use xo_tests::hostile;
 use xo_tests::plain::{Plain, seen};
+use xo_tests::random::{Random, setting};
 
 /// Sent after what we take for complete: nginx must take it for a request of its own.
 const SENTINEL: &str = "GET /sentinel HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
@@ -298,7 +298,7 @@ fn nginx_frames_what_we_frame() {
 
 #[test]
 fn nginx_frames_random_streams_as_we_do() {
-    let (seed, count) = (number("XO_SEED", 1), number("XO_STREAMS", 10_000));
+    let (seed, count) = (setting("XO_SEED", 1), setting("XO_STREAMS", 10_000));
     println!("XO_SEED={seed} XO_STREAMS={count}");
     let nginx = Plain::start();
     let mut random = Random(seed);
@@ -341,7 +341,7 @@ fn rule_takes(path: &str, target: &str) -> bool {
 /// Or else a client could choose, by the way it writes a path, whether its rule applies.
 #[test]
 fn nginx_looks_up_the_path_that_the_policy_sees() {
-    let (seed, count) = (number("XO_SEED", 1), number("XO_PATHS", 5000));
+    let (seed, count) = (setting("XO_SEED", 1), setting("XO_PATHS", 5000));
     println!("XO_SEED={seed} XO_PATHS={count}");
     let nginx = Plain::start();
     let mut random = Random(seed);
@@ -365,8 +365,4 @@ fn nginx_looks_up_the_path_that_the_policy_sees() {
     println!("{looked_up} paths looked up");
     assert!(wrong.is_empty(), "{} of {looked_up}: {:#?}", wrong.len(), &wrong[..wrong.len().min(20)]);
     assert!(looked_up > count / 2, "too few valid paths to tell anything: {looked_up}");
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|e| panic!("{name}: {e}")))
 }

@@ -1,6 +1,5 @@
 //! nginx to nginx: nothing is lost and the client notices nothing.
 
-use std::process::Command;
 use std::time::Duration;
 
 use xo_tests::counters::Counters;
@@ -136,10 +135,6 @@ fn stopping_takes_everything_down() {
         assert_eq!(program.stop(), Some(0), "{}", program.output());
     }
     for node in ["host", "t1"] {
-        assert!(!bed.socket(node).exists(), "the socket of {node}");
-        let net = bed.run(node, Command::new("bpftool").args(["net", "show"]));
-        assert!(!net.contains("xo_"), "BPF programs on {node}: {net}");
-        let filters = bed.run(node, Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
-        assert_eq!(filters, "", "filters on {node}");
+        bed.nothing_left(node);
     }
 }
