@@ -273,10 +273,12 @@ impl Metrics {
         };
         let moved: Vec<_> =
             KINDS.iter().zip(&self.moved).map(|((_, name), n)| ((*name).to_owned(), load(n))).collect();
+        let offloads = load(&self.moved[Kind::Outbound as usize]);
+        metric("xo_offloads_total", "counter", "Connections of this machine handed over.", &one(offloads));
         metric(
-            "xo_offloads_total",
+            "xo_moves_total",
             "counter",
-            "Connections handed over, by kind.",
+            "Connections handed over, by kind: own, guests' to another target, guests' to their home.",
             &labelled("kind", &moved),
         );
         metric("xo_accepted_total", "counter", "Connections taken over.", &one(load(&self.accepted)));

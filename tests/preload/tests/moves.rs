@@ -16,6 +16,16 @@ fn place(nodes: &[String], number: usize, i: usize) -> String {
     nodes[(number + i * (1 + i / n)) % n].clone()
 }
 
+/// No reset was on the wire. What a stack says of a connection that has left, to a packet that came in the last moment, is
+/// counted by it and goes no further.
+fn no_reset(bed: &Bed, counted: &Counters) {
+    let muted: u64 = bed.servers().iter().map(|n| bed.status(n, "/steering/packets/muted")).sum();
+    let muted = i64::try_from(muted).expect("a few");
+    println!("muted resets: {muted}");
+    assert_eq!(counted.get_on("client", "EstabResets"), 0, "{}", counted.troubles());
+    assert!(counted.resets() <= muted, "{muted} muted: {}", counted.troubles());
+}
+
 #[test]
 fn one_connection_goes_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
@@ -35,7 +45,7 @@ fn one_connection_goes_wherever_each_request_belongs() {
         });
         let counted = Counters::of(&bed).since(&before);
         println!("{}", counted.troubles());
-        assert_eq!(counted.resets(), 0, "{}", counted.troubles());
+        no_reset(&bed, &counted);
     }
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
     for node in bed.servers() {
@@ -133,7 +143,7 @@ fn hundreds_of_connections_go_wherever_each_request_belongs() {
         );
     }
     assert!(errors.is_empty(), "{} errors: {errors:#?}", errors.len());
-    assert_eq!(counted.resets(), 0, "{}", counted.troubles());
+    no_reset(&bed, &counted);
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
     drop(programs);
 }
