@@ -8,7 +8,7 @@ use xo_proto::slot::SLOTS;
 use xo_tests::counters::Counters;
 use xo_tests::pool::wait_target;
 use xo_tests::program::{Program, wait_for};
-use xo_tests::servers::{PeerdOptions, WEB, address};
+use xo_tests::servers::{PEER_PORT, PeerdOptions, WEB, address};
 use xo_tests::{Bed, Connection};
 
 /// Connections beyond what a table holds.
@@ -99,7 +99,11 @@ fn roomy_nginx(bed: &Bed, node: &str) -> Program {
     let text = fs::read_to_string(bed.nginx_config(node, 1)).expect("nginx's configuration");
     let text = text.replace("worker_connections 8192", "worker_connections 19900");
     let config: PathBuf = bed.file(&format!("{node}-roomy.conf"), &text);
-    bed.nginx_configured(node, bed.preloaded(node, "nginx"), &config)
+    let mut command = bed.preloaded(node, "nginx");
+    // Where no rule leads away from a machine its connections are not followed, and take no slots.
+    let targets = format!("t1={}:{PEER_PORT},far=10.99.0.2:{PEER_PORT}", address("t1"));
+    command.env("XO_TARGETS", targets).env("XO_RULES", "/img/ => t1 @web; /far/ => far");
+    bed.nginx_configured(node, command, &config)
 }
 
 /// Daemons, and such a server on both nodes.
