@@ -171,22 +171,10 @@ impl Visit<'_> {
             | ErrorKind::BrokenPipe
             | ErrorKind::ConnectionAborted
             | ErrorKind::NotConnected => {
-                println!(
-                    "LOSS {:?} since {:?} ago: {what}",
-                    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap(),
-                    self.since.elapsed()
-                );
                 let loss = Loss { node: self.node, since: self.since, at: Instant::now(), what };
                 self.traffic.tally.losses.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
             }
-            _ => {
-                println!(
-                    "DBG {:?} sent {:?} ago: {what}",
-                    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap(),
-                    self.since.elapsed()
-                );
-                self.traffic.wrong(what)
-            }
+            _ => self.traffic.wrong(what),
         }
     }
 
@@ -302,19 +290,6 @@ impl Visit<'_> {
 
     /// The response to this request, and what it has done.
     fn check(&mut self, ask: &Ask) -> io::Result<()> {
-        let r = self.check2(ask);
-        if let Err(e) = &r {
-            let h = ask.bytes.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or(0);
-            println!(
-                "ASK {} {e} total {} {}",
-                self.name,
-                ask.bytes.len(),
-                String::from_utf8_lossy(&ask.bytes[..h]).escape_debug()
-            );
-        }
-        r
-    }
-    fn check2(&mut self, ask: &Ask) -> io::Result<()> {
         let response: Response = if ask.upload {
             let response = self.connection.stored(&ask.path)?;
             let root = self.traffic.roots.get(response.node());

@@ -76,28 +76,13 @@ impl Soak {
     /// One of the faults, then some time in which connections move.
     fn torment(&mut self) {
         let faults = [Fault::Worker, Fault::Server, Fault::TargetDaemon, Fault::HostDaemon, Fault::Pause];
-        let only = std::env::var("DBG_ONLY").unwrap_or_default();
-        let faults: Vec<_> =
-            faults.into_iter().filter(|f| only.is_empty() || only.contains(&format!("{f:?}"))).collect();
-        if faults.is_empty() {
-            sleep(Duration::from_millis(500));
-            return;
-        }
         let fault = self.r.of(&faults);
-        println!(
-            "{:?} {fault:?}",
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap()
-        );
         self.do_to(fault);
         sleep(Duration::from_millis(200 + self.r.below(1000) as u64));
     }
 
     fn do_to(&mut self, fault: Fault) {
         *self.faults.entry(fault).or_default() += 1;
-        println!(
-            "{:?} {fault:?}",
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap()
-        );
         match fault {
             Fault::Worker => self.kill_worker(),
             Fault::Server => self.restart_server(),
@@ -139,10 +124,6 @@ impl Soak {
     /// Sometimes something else happens meanwhile; also to the daemon that is stopped.
     fn pause(&mut self) {
         let node = self.r.of(&["t1", "t2"]);
-        println!(
-            "{:?} stop {node}",
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap()
-        );
         self.daemons[node].signal(libc::SIGSTOP);
         let end = Instant::now() + Duration::from_millis(500 + self.r.below(1000) as u64);
         if self.r.one_in(3) {
@@ -233,20 +214,6 @@ fn nothing_is_lost_and_nothing_grows() {
     soak.bed.wait_idle(&NODES);
     let before = soak.descriptors();
 
-    let _dumps: Vec<_> = if std::env::var_os("DBG_DUMP").is_some() {
-        ["client", "host", "host2", "t1", "t2"]
-            .iter()
-            .map(|n| {
-                let mut c = std::process::Command::new("tcpdump");
-                c.args(["-i", "eth0", "-s", "96", "-B", "20000", "-U", "-w"])
-                    .arg(format!("/tmp/h3c/{n}.pcap"))
-                    .arg("tcp");
-                soak.bed.start(n, &format!("{n}-dump"), &mut c)
-            })
-            .collect()
-    } else {
-        Vec::new()
-    };
     let begun = Instant::now();
     let gauge = Gauge::start(soak.survivors(), SAMPLE_EVERY);
     let (traffic, threads) = Traffic::start(&soak.bed, &hosts, CLIENTS, seed);
@@ -254,7 +221,6 @@ fn nothing_is_lost_and_nothing_grows() {
     while moved() < handoffs && begun.elapsed() < limit {
         soak.torment();
     }
-    println!("STOP {:?}", std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap());
     traffic.stop();
     threads.into_iter().for_each(|t| t.join().expect("a client"));
     let took = begun.elapsed();
