@@ -457,6 +457,12 @@ impl Engine {
 
     fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
         let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
+        // Repair mode does not keep the kernel from sending it: the client would acknowledge what the target, by the dump,
+        // has not sent, and the target would ignore that for ever.
+        let unsent = flow.socket.as_ref().map(|s| tcp_repair::unsent(s.as_raw_fd()));
+        if !matches!(unsent, Some(Ok(0))) {
+            return Err(Reason::NotClean);
+        }
         let peer = self.state.number(&flow.target, flow.address);
         let result = self.steer.hold(&flow.key, id, peer).map_err(|e| match e {
             SteerError::Full | SteerError::Exists => Reason::TableFull,

@@ -21,7 +21,7 @@ use xo_proto::reason::Reason;
 
 use crate::raw::{self, sys};
 
-pub use dump::{Ends, dump, ends, options};
+pub use dump::{Ends, dump, ends, options, unsent};
 pub use restore::{Repaired, SpareSockets, apply_options, restore};
 
 /// Leave repair mode without a window probe (`TCP_REPAIR_OFF_NO_WP`).

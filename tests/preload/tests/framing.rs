@@ -1,7 +1,9 @@
 //! Requests of all shapes, before and after the move.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
 use xo_tests::program::wait_for;
 use xo_tests::servers::address;
 use xo_tests::{Bed, Connection, content};
@@ -165,6 +167,29 @@ fn requests_of_all_shapes() {
     let ended = wait_for(Duration::from_secs(20), || bed.status("host", "/flows_hosted") == 2);
     assert!(ended, "{:?}", bed.try_status("host"));
     assert_eq!(bed.status("host", "/refused_total"), 0, "{:?}", bed.try_status("host"));
+}
+
+/// What a server has written and the kernel not sent would go on leaving the host: the client would acknowledge it, and the
+/// target not understand that.
+#[test]
+fn a_connection_stays_while_something_is_unsent() {
+    let bed = Bed::up(1, 1);
+    let _programs = bed.everything();
+    let nodes = bed.on("client", || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        // The response fits into the server's buffer, and hardly any of it into the client's.
+        socket.set_recv_buffer_size(4 << 10).expect("a small buffer");
+        let host = SocketAddr::new(address("host").parse().expect("an address"), 80);
+        socket.connect(&host.into()).expect("connect");
+        let mut c = Connection::over(socket.into()).expect("a connection");
+        c.send([get("/loc/64k"), get("/img/1k")].concat().as_bytes()).expect("send");
+        std::thread::sleep(PAUSE * 100);
+        let [first, second] = ["/loc/64k", "/img/1k"].map(|p| c.object(p).expect(p).node().to_owned());
+        [first, second, c.get("/img/64k").expect("moved").node().to_owned()]
+    });
+    assert_eq!(nodes, ["host", "host", "t1"]);
+    assert_eq!(bed.status("host", "/refused_by_reason/not_clean"), 1);
+    bed.wait_idle(&["host", "t1"]);
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
     let failed = Reason::DumpFailed;
     let queued = count(fd, libc::FIONREAD as i32).step("SIOCINQ", failed)?;
     let outstanding = count(fd, libc::TIOCOUTQ as i32).step("SIOCOUTQ", failed)?;
-    let unsent = if outstanding == 0 { 0 } else { count(fd, SIOCOUTQNSD).step("SIOCOUTQNSD", failed)? };
+    let unsent = if outstanding == 0 { 0 } else { unsent(fd).step("SIOCOUTQNSD", failed)? };
     if queued + outstanding > limit || unsent > outstanding {
         return Err(RepairError::state("queues", Reason::QueuesTooLong));
     }
@@ -172,6 +172,14 @@ pub fn options(fd: RawFd, ends: &Ends) -> io::Result<SockOptions> {
         tos: tos as u8,
         congestion: String::from_utf8_lossy(&name).into_owned(),
     })
+}
+
+/// Bytes that were written and have never been sent. Without such a socket sends nothing new by itself.
+///
+/// # Errors
+/// Of ioctl(2).
+pub fn unsent(fd: RawFd) -> io::Result<usize> {
+    count(fd, SIOCOUTQNSD)
 }
 
 /// One of the SIOC*Q ioctls.
