@@ -15,7 +15,7 @@ mod oracle;
 /// Where the stream was clean, and how it ended.
 fn follow(stream: &[u8], methods: &[Method], sizes: &[usize], unseen: u8) -> (Vec<usize>, Progress) {
     let mut tracker = ResponseTracker::default();
-    methods.iter().for_each(|m| tracker.expect(*m));
+    methods.iter().for_each(|m| tracker.asked(*m));
     let (mut at, mut i, mut cleans) = (0, 0, Vec::new());
     while at < stream.len() {
         let n = sizes[i % sizes.len()].min(stream.len() - at);

@@ -15,7 +15,7 @@ mod oracle;
 /// Where the stream was clean, and how it ended.
 fn follow(stream: &[u8], count: u32, sizes: &[usize]) -> (Vec<usize>, Progress) {
     let mut replies = Replies::default();
-    replies.expect(count, false);
+    replies.asked(count, false);
     let (mut at, mut i, mut cleans) = (0, 0, Vec::new());
     while at < stream.len() {
         let n = sizes[i % sizes.len()].min(stream.len() - at);

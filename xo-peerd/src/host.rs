@@ -5,26 +5,27 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowKey};
+use xo_bpf_abi::FlowKey;
 use xo_proto::conn::{ConnRecord, SockOptions};
 use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS, TargetEvent};
 use xo_proto::ipc::{Destination, Offload};
-use xo_proto::packet;
 use xo_proto::reason::Reason;
 use xo_proto::slot;
-use xo_proto::wire::{
-    BeginOffload, Handed, HandoffId, Home, HostReady, PeerMessage, Query, Refuse, TargetReady,
-};
+use xo_proto::wire::{Handed, HandoffId, Home, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair::{self, Ends};
 
+mod actions;
+mod sweep;
+
+use self::actions::{dump, stay, vacate};
 use crate::clock::now_ns;
 use crate::config::Order;
 use crate::engine::{Engine, ServedKey, Timer};
 use crate::held::HeldPacket;
 use crate::metrics::Kind;
 use crate::peer::Peer;
-use crate::steer::{SteerError, flow_key};
+use crate::steer::flow_key;
 use crate::times::{Times, steps};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
@@ -36,13 +37,6 @@ const MOST_QUESTIONS: u32 = 5;
 pub(crate) const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// Packets that were sent to this machine before their home redirected them have arrived after so long.
 const LINGER: Duration = Duration::from_secs(1);
-/// A target is asked about a connection that its client has closed so long ago.
-const ASK_AFTER: Duration = Duration::from_secs(5);
-/// A redirect whose client has closed and which has been idle for this long has lost its target.
-const ORPHAN_AFTER: Duration = Duration::from_secs(180);
-/// So has one that has been idle for this long while the target's daemon cannot be reached.
-const AWAY_AFTER: Duration = Duration::from_secs(1800);
-
 /// Where a verdict is to be written: table, slot, generation.
 type Verdict = (Rc<SlotTable>, u32, u32);
 
@@ -77,7 +71,6 @@ pub(crate) struct HostFlow {
     moves: u8,
     /// The last move that its entry is owed to; 1 is the first.
     pub(crate) hop: u32,
-    peer: Option<usize>,
     record: Option<Box<ConnRecord>>,
     /// When the target was last asked: `BEGIN_OFFLOAD` or `QUERY`.
     asked: Option<Instant>,
@@ -115,7 +108,6 @@ impl HostFlow {
             public: ends.local,
             moves: 0,
             hop: 1,
-            peer: None,
             record: None,
             asked: None,
             questions: 0,
@@ -222,17 +214,14 @@ impl Engine {
     /// The target's daemon is connected: go.
     pub(crate) fn begin_on(&mut self, id: HandoffId, peer: usize) {
         let Some(flow) = self.hosted.get_mut(&id) else { return };
-        flow.peer = Some(peer);
         let theirs = self.peers.get(peer);
         let hello = theirs.and_then(|p| p.hello.as_ref());
         if hello.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
             return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
         }
         let early = self.config.handoff.order == Order::Early && theirs.is_some_and(Peer::is_proven);
-        flow.machine = Host::new(early);
-        if flow.guest.is_some() {
-            flow.machine = flow.machine.clone().of_guest();
-        }
+        let machine = Host::new(early);
+        flow.machine = if flow.guest.is_some() { machine.of_guest() } else { machine };
         self.host_event(id, HostEvent::Start);
     }
 
@@ -425,13 +414,12 @@ impl Engine {
             }
             HostAction::SendAbort => self.send_about(id, &PeerMessage::Abort(id)),
             HostAction::TakeBack => self.take_back(id),
-            HostAction::Unhold => self.unhold(id),
+            HostAction::Unhold | HostAction::RemoveRedirect => self.remove_entry_of(id),
             HostAction::Stay(reason) => {
                 stay(flow, reason);
                 self.metrics.refused(reason);
             }
             HostAction::Reset => self.reset(id),
-            HostAction::RemoveRedirect => self.remove_redirect(id),
             HostAction::SendClosedAck => self.send_about(id, &PeerMessage::ClosedAck(id)),
             HostAction::Repoint(to) => self.repoint(id, to),
             HostAction::ArmLinger => self.at(Instant::now() + LINGER, Timer::Linger(id)),
@@ -453,219 +441,5 @@ impl Engine {
         if let Some(peer) = self.connection_of(id) {
             self.send_to(peer, message);
         }
-    }
-
-    fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {
-        let flow = self.hosted.get_mut(&id).ok_or(Reason::Closed)?;
-        // Repair mode does not keep the kernel from sending it: the client would acknowledge what the target, by the dump,
-        // has not sent, and the target would ignore that for ever.
-        let unsent = flow.socket.as_ref().map(|s| tcp_repair::unsent(s.as_raw_fd()));
-        if !matches!(unsent, Some(Ok(0))) {
-            return Err(Reason::NotClean);
-        }
-        let peer = self.state.number(&flow.target, flow.address);
-        let result = self.steer.hold(&flow.key, id, peer).map_err(|e| match e {
-            SteerError::Full | SteerError::Exists => Reason::TableFull,
-            e => {
-                log::error!("flow table: {e}");
-                Reason::NotSteered
-            }
-        });
-        flow.times.held = now_ns();
-        result
-    }
-
-    fn send_begin(&mut self, id: HandoffId) {
-        let Some(flow) = self.hosted.get_mut(&id) else { return };
-        let Some(record) = flow.record.take() else { return };
-        let elapsed_ns = now_ns().saturating_sub(flow.times.dumped);
-        let begin = BeginOffload {
-            id,
-            handler: flow.handler.clone(),
-            record: *record,
-            elapsed_ns,
-            start: flow.machine.early(),
-            sent_ns: now_ns(),
-            home: flow.guest.as_ref().map(|(_, home)| home.clone()),
-            moves: flow.moves,
-        };
-        flow.asked = Some(Instant::now());
-        let message = PeerMessage::BeginOffload(Box::new(begin));
-        self.send_about(id, &message);
-        let PeerMessage::BeginOffload(begin) = message else { return };
-        if let Some(flow) = self.hosted.get_mut(&id) {
-            flow.record = Some(Box::new(begin.record));
-            // While the target restores.
-            flow.options =
-                flow.socket.as_ref().and_then(|s| tcp_repair::options(s.as_raw_fd(), &flow.ends).ok());
-            self.at(Instant::now() + self.config.handoff.timeout, Timer::HostDeadline(id));
-        }
-    }
-
-    fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
-        // What was held goes first, so that it is not overtaken by what comes after the flip.
-        self.send_late(id, to);
-        self.collect_held();
-        let flow = self.hosted.get_mut(&id)?;
-        let peer = self.state.number(&flow.target, flow.address);
-        let hop = flow.hop;
-        let failed = |client, e| {
-            log::error!("redirecting {client}: {e}");
-            Some(HostEvent::RedirectFailed)
-        };
-        // A target that gets an acknowledgement keeps the connection: the next daemon must not take it back.
-        if !flow.held.is_empty()
-            && let Err(e) = self.steer.commit(&flow.key, id, (peer, hop), to)
-        {
-            return failed(flow.client, e);
-        }
-        self.replay_all_held(id, Some(to));
-        let flow = self.hosted.get_mut(&id)?;
-        if let Err(e) = self.steer.redirect(&flow.key, id, (peer, hop), to) {
-            return failed(flow.client, e);
-        }
-        flow.to = Some(to);
-        flow.times.redirected = now_ns();
-        // A packet may have been held between the replay and the flip.
-        self.drain_held();
-        self.at(Instant::now() + Duration::from_millis(1), Timer::DrainHeld);
-        None
-    }
-
-    /// A packet that had passed the hook when HOLD was set may have reached the socket after the dump: it acknowledged
-    /// what it took, so the target gets it from here.
-    fn send_late(&mut self, id: HandoffId, to: SocketAddr) {
-        let Some(flow) = self.hosted.get(&id) else { return };
-        let (Some(socket), Some(record)) = (&flow.socket, &flow.record) else { return };
-        match tcp_repair::arrived_since(socket.as_raw_fd(), record) {
-            Ok(None) => {}
-            Ok(Some(late)) => {
-                log::debug!("{}: {} bytes came after the dump", flow.client, late.data.len());
-                self.metrics.held(1);
-                self.send_packet(flow.client, &packet::late_segment(record, to, &late));
-            }
-            Err(e) => log::error!("looking for late data of {}: {e}", flow.client),
-        }
-    }
-
-    fn take_back(&mut self, id: HandoffId) {
-        let Some(flow) = self.hosted.get(&id) else { return };
-        if let Some(socket) = &flow.socket
-            && let Err(e) = tcp_repair::resume(socket.as_raw_fd())
-        {
-            log::error!("taking {} back: {e}", flow.client);
-        }
-        self.replay_all_held(id, None);
-        self.unhold(id);
-        self.replay_all_held(id, None);
-    }
-
-    fn unhold(&mut self, id: HandoffId) {
-        let Some(flow) = self.hosted.get(&id) else { return };
-        if let Err(e) = self.steer.remove_flow(&flow.key, id) {
-            log::error!("removing the flow entry of {}: {e}", flow.client);
-        }
-    }
-
-    fn remove_redirect(&mut self, id: HandoffId) {
-        self.unhold(id);
-    }
-
-    /// The target has lost the connection: the client is told by a RST with the right sequence number.
-    fn reset(&mut self, id: HandoffId) {
-        let Some(flow) = self.hosted.get(&id) else { return };
-        let entry = self.steer.flow(&flow.key);
-        self.unhold(id);
-        let Some(flow) = self.hosted.get(&id) else { return };
-        if entry.is_some_and(|e| e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0) {
-            // It has ended as connections do.
-            return;
-        }
-        log::warn!("{} was lost on {}: reset", flow.client, flow.target);
-        self.metrics.failed(Reason::PeerLost);
-        let Some(record) = &flow.record else { return };
-        if let Some((guest, _)) = &flow.guest {
-            // Not there any more: then the RST has the wrong source, and the client ignores it.
-            let _ = self.steer.note_left(&flow.key, guest.1, false);
-        }
-        match tcp_repair::restore(record, flow.local, false, Duration::ZERO, &mut self.spare) {
-            Ok(socket) => {
-                if let Err(e) = socket.reset() {
-                    log::error!("resetting {}: {e}", flow.client);
-                }
-            }
-            Err(e) => log::error!("resetting {}: {e}", flow.client),
-        }
-    }
-
-    /// Redirects whose target cannot tell us any more that the connection is over. A target is asked about those that the
-    /// client has closed: daemons that died on the way may have left nobody who says it by himself.
-    pub(crate) fn sweep_hosted(&mut self) {
-        let now = now_ns();
-        let closed = |f: &HostFlow| {
-            let entry = self.steer.flow(&f.key).filter(|_| f.is_away());
-            entry.is_some_and(|e| {
-                let idle = Duration::from_nanos(now.saturating_sub(e.last_ns)).min(f.since.elapsed());
-                e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0 && idle > ASK_AFTER
-            })
-        };
-        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| closed(f)).map(|(id, _)| *id).collect();
-        for id in ids {
-            self.host_event(id, HostEvent::PeerBack);
-        }
-        let orphan = |f: &HostFlow| {
-            if !f.is_away() {
-                return false;
-            }
-            // No entry: the client has used its port for a new connection.
-            let Some(entry) = self.steer.flow(&f.key) else { return true };
-            let idle = Duration::from_nanos(now.saturating_sub(entry.last_ns)).min(f.since.elapsed());
-            let closed = entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0;
-            let away = self.connection_to(&f.target).is_none();
-            (closed && idle > ORPHAN_AFTER) || (away && idle > AWAY_AFTER)
-        };
-        let ids: Vec<_> = self.hosted.iter().filter(|(_, f)| orphan(f)).map(|(id, _)| *id).collect();
-        for id in ids {
-            self.host_event(id, HostEvent::Closed);
-        }
-    }
-}
-
-fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
-    let socket = flow.socket.as_ref().ok_or(Reason::Closed)?;
-    let result = tcp_repair::dump(socket.as_raw_fd(), &flow.ends, MAX_QUEUES);
-    flow.times.dumped = now_ns();
-    match result {
-        Ok(mut record) => {
-            record.local = flow.public;
-            flow.record = Some(Box::new(record));
-            Ok(())
-        }
-        Err(e) => {
-            log::debug!("{} cannot move: {e}", flow.client);
-            Err(e.reason())
-        }
-    }
-}
-
-/// The verdict first: the events that emptying raises must find it.
-fn vacate(flow: &mut HostFlow) {
-    if let Some(verdict) = flow.verdict.take() {
-        decide(&verdict, slot::GONE);
-    }
-    if let Some(socket) = flow.socket.take()
-        && let Err(e) = tcp_repair::vacate(socket.as_raw_fd())
-    {
-        log::error!("emptying the socket of {}: {e}", flow.client);
-    }
-}
-
-fn stay(flow: &mut HostFlow, reason: Reason) {
-    if let Some(verdict) = flow.verdict.take() {
-        decide(&verdict, slot::stay(reason));
-    }
-    if let Some(socket) = flow.socket.take() {
-        // Edge-triggered servers have seen their edge; this raises a fresh one.
-        let _ = tcp_repair::poke(socket.as_raw_fd());
     }
 }

@@ -191,9 +191,12 @@ impl Engine {
         let entrance = steer::address(key.local, key.local_port);
         let public = steer::address(entry.to_addr, entry.to_port);
         let served_key: ServedKey = (Rc::from(from.name.as_str()), entry.flow_id);
-        let its = |f: &&HostFlow| f.client == client && f.local == public && f.is_away();
         let waits = entry.hop != 0;
-        let away = self.hosted.iter().find(|(_, f)| waits && its(f)).map(|(id, f)| (*id, f.hop));
+        let its = self.steer.flow(&steer::flow_key(client, public)).filter(|_| waits);
+        let away = its.and_then(|e| {
+            let flow = self.hosted.get(&e.flow_id).filter(|f| f.is_away())?;
+            Some((e.flow_id, flow.hop))
+        });
         if away.is_some() && matches!(self.diag.state(public, client), Ok(None)) {
             return self.gone.push((served_key, Entry::Deliver(key), entry.flow_id));
         }

@@ -49,6 +49,10 @@ impl Engine {
             return Err(Reason::TargetUnwilling);
         }
         let begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
+        // Its sender would go on sending it.
+        if !begin.record.tcp.unsent.is_empty() {
+            return Err(Reason::NotClean);
+        }
         self.plan(key, &begin).and_then(|plan| self.carry_out(key, &begin, plan)).map_err(|(reason, text)| {
             if let Some(served) = self.served.get_mut(key) {
                 served.refusal = text;

@@ -385,8 +385,7 @@ impl Engine {
     }
 
     /// First into the handler's hands, where it is mute while in repair mode, then live: if this daemon died in between the
-    /// other way round, the client would get a reset. But what an earlier server had written is sent before the handler can
-    /// write.
+    /// other way round, the client would get a reset.
     fn start_attached(
         &mut self,
         key: &ServedKey,
@@ -399,19 +398,10 @@ impl Engine {
             log::error!("passing the connection of {client} on: {e}");
             Reason::RestoreFailed
         })?;
-        let mut hand = |passed| {
-            self.attach(key, port, acceptor, client, passed).map_err(|e| {
-                log::warn!("handing the connection of {client} over: {e}");
-                if e.kind() == ErrorKind::StorageFull { Reason::TableFull } else { Reason::NoHandler }
-            })
-        };
-        if restored.has_unsent() {
-            let socket = live(restored, elapsed, client)?;
-            // The host, which takes it back then, sends the same.
-            hand(passed).inspect_err(|_| empty(&socket, client))?;
-            return Ok(socket);
-        }
-        hand(passed)?;
+        self.attach(key, port, acceptor, client, passed).map_err(|e| {
+            log::warn!("handing the connection of {client} over: {e}");
+            if e.kind() == ErrorKind::StorageFull { Reason::TableFull } else { Reason::NoHandler }
+        })?;
         live(restored, elapsed, client)
     }
 

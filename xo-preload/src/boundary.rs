@@ -261,7 +261,7 @@ fn judge_http(
             tracker.begin(&head);
             half.tracker = Requests::Http(tracker);
             match conn.write().as_deref_mut() {
-                Some(Responses::Http(responses)) => responses.expect(Method::from(head.method)),
+                Some(Responses::Http(responses)) => responses.asked(Method::from(head.method)),
                 _ => return leave(fd, conn, half, Reason::Shared),
             }
             let alone = all && matches!(tracker, RequestTracker::Left(left) if left >= bytes.len() as u64);

@@ -80,7 +80,7 @@ fn serve(fd: i32, conn: &Conn, half: &mut ReadHalf, run: &Run, waiting: &Waiting
     conn.moves.store(0, Ordering::Relaxed);
     half.tracker = Requests::Redis(run.next);
     match conn.write().as_deref_mut() {
-        Some(Responses::Redis(replies)) => replies.expect(run.replies, run.blocks),
+        Some(Responses::Redis(replies)) => replies.asked(run.replies, run.blocks),
         _ => return leave(fd, conn, half, Reason::Shared),
     }
     daemon::count_many(Counter::Local as usize, run.replies);

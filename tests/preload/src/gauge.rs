@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
@@ -28,30 +28,26 @@ pub type Samples = BTreeMap<String, Vec<Sample>>;
 #[derive(Debug)]
 pub struct Gauge {
     stop: Arc<AtomicBool>,
-    samples: Arc<Mutex<Samples>>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Samples>,
 }
 
 impl Gauge {
     /// Samples these processes, those with the same name together, every so often.
     #[must_use]
     pub fn start(processes: BTreeMap<String, Vec<u32>>, every: Duration) -> Gauge {
-        let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Samples::new())));
-        let (stopped, into) = (Arc::clone(&stop), Arc::clone(&samples));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
+            let mut samples = Samples::new();
             while !stopped.load(Ordering::Relaxed) {
                 for (name, pids) in &processes {
-                    let one = sample(pids);
-                    into.lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .entry(name.clone())
-                        .or_default()
-                        .push(one);
+                    samples.entry(name.clone()).or_default().push(sample(pids));
                 }
                 sleep(every);
             }
+            samples
         });
-        Gauge { stop, samples, thread }
+        Gauge { stop, thread }
     }
 
     /// Ends it.
@@ -61,8 +57,7 @@ impl Gauge {
     #[must_use]
     pub fn stop(self) -> Samples {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("samples");
-        std::mem::take(&mut *self.samples.lock().unwrap_or_else(PoisonError::into_inner))
+        self.thread.join().expect("samples")
     }
 }
 

@@ -145,12 +145,23 @@ struct Visit<'t> {
     /// When the last request was sent.
     sent: Instant,
     asked: u32,
+    /// What the response that is read is for.
+    path: String,
 }
 
 impl Visit<'_> {
     fn new(traffic: &Traffic, name: String, connection: Connection) -> Visit<'_> {
         let now = Instant::now();
-        Visit { traffic, connection, name, node: String::new(), since: now, sent: now, asked: 0 }
+        Visit {
+            traffic,
+            connection,
+            name,
+            node: String::new(),
+            since: now,
+            sent: now,
+            asked: 0,
+            path: String::new(),
+        }
     }
 
     fn run(mut self, way: Way, r: &mut Random) {
@@ -164,7 +175,8 @@ impl Visit<'_> {
         let Err(e) = result else { return };
         self.closed_by_server();
         let from = self.connection.stream().local_addr().map_or_else(|e| e.to_string(), |a| a.to_string());
-        let what = format!("{way:?} {} from {from}, served by '{}': {e}", self.name, self.node);
+        let what =
+            format!("{way:?} {} from {from}, {}, served by '{}': {e}", self.name, self.path, self.node);
         match e.kind() {
             ErrorKind::UnexpectedEof
             | ErrorKind::ConnectionReset
@@ -290,6 +302,7 @@ impl Visit<'_> {
 
     /// The response to this request, and what it has done.
     fn check(&mut self, ask: &Ask) -> io::Result<()> {
+        self.path.clone_from(&ask.path);
         let response: Response = if ask.upload {
             let response = self.connection.stored(&ask.path)?;
             let root = self.traffic.roots.get(response.node());

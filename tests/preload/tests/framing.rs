@@ -175,7 +175,7 @@ fn requests_of_all_shapes() {
 fn a_connection_stays_while_something_is_unsent() {
     let bed = Bed::up(1, 1);
     let _programs = bed.everything();
-    let nodes = bed.on("client", || {
+    let mut c = bed.on("client", || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
         // The response fits into the server's buffer, and hardly any of it into the client's.
         socket.set_recv_buffer_size(4 << 10).expect("a small buffer");
@@ -183,7 +183,12 @@ fn a_connection_stays_while_something_is_unsent() {
         socket.connect(&host.into()).expect("connect");
         let mut c = Connection::over(socket.into()).expect("a connection");
         c.send([get("/loc/64k"), get("/img/1k")].concat().as_bytes()).expect("send");
-        std::thread::sleep(PAUSE * 100);
+        c
+    });
+    // The second request has been looked at while the first response waits for the client.
+    let refused = || bed.status("host", "/library/asked") == 1 && bed.status("host", "/refused_total") == 1;
+    assert!(wait_for(Duration::from_secs(10), refused), "{:?}", bed.try_status("host"));
+    let nodes = bed.on("client", move || {
         let [first, second] = ["/loc/64k", "/img/1k"].map(|p| c.object(p).expect(p).node().to_owned());
         [first, second, c.get("/img/64k").expect("moved").node().to_owned()]
     });

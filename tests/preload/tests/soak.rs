@@ -2,7 +2,7 @@
 //!
 //! Of the bed's two hosts and two targets, `host` and `t1` are tormented; `host2` and `t2` live through the run, so
 //! their memory must not grow, and whoever `t2` serves must not notice anything at all. `XO_SOAK_HANDOFFS`,
-//! `XO_SOAK_MINUTES` and `XO_SEED` say how long and what.
+//! `XO_SOAK_MINUTES` and `XO_SEED` say how long and what; `scripts/soak` sets them.
 
 use std::collections::BTreeMap;
 use std::sync::PoisonError;

@@ -213,3 +213,126 @@ fn no_order_of_events_makes_two_ends() {
         }
     }
 }
+
+fn guest(events: &[HostEvent]) -> (HostState, Vec<HostAction>) {
+    let (mut m, mut all) = (Host::new(true).of_guest(), Vec::new());
+    for e in events {
+        m.on(e, &mut all);
+    }
+    (m.state(), all)
+}
+
+fn about_guest(actions: &[HostAction]) -> Vec<GuestEvent> {
+    actions.iter().filter_map(|a| if let HostAction::Guest(e) = a { Some(*e) } else { None }).collect()
+}
+
+/// The machine that a guest leaves sends its packets on until its home redirects them, and for some time more.
+#[test]
+fn a_guest_leaves_a_detour_behind() {
+    use HostAction as A;
+    let left = begun_and(&[ready(true), HostEvent::Handed, HostEvent::Closed]);
+    let (state, actions) = guest(&left);
+    assert_eq!(state, HostState::Released);
+    assert_eq!(actions.last(), Some(&A::ArmLinger));
+    assert!(!actions.contains(&A::RemoveRedirect), "packets are under way");
+    assert_eq!(about_guest(&actions), [GuestEvent::Left]);
+    let over: Vec<_> = left.iter().cloned().chain([HostEvent::Closed, HostEvent::LingerOver]).collect();
+    let (state, actions) = guest(&over);
+    assert_eq!(
+        (state, about_guest(&actions)),
+        (HostState::Done, vec![GuestEvent::Left, GuestEvent::Released])
+    );
+    let end = [A::RemoveRedirect, A::SendClosedAck, A::Guest(GuestEvent::Released)];
+    assert_eq!(actions[actions.len() - 3..], end);
+}
+
+/// Wherever a guest is lost, its record here hears of it, so that its home does; where it stays it hears nothing.
+#[test]
+fn a_guests_record_hears_what_became_of_it() {
+    use HostEvent::*;
+    let lost = Refused(Reason::PeerLost);
+    for (events, heard) in [
+        (begun_and(&[Refused(Reason::NoHandler)]), vec![]),
+        (begun_and(&[Deadline, DoubtOver { served: false }]), vec![]),
+        (begun_and(&[Deadline, DoubtOver { served: true }]), vec![GuestEvent::Left, GuestEvent::Lost]),
+        (begun_and(&[Closed]), vec![GuestEvent::Left, GuestEvent::Lost]),
+        (begun_and(&[ready(true), lost.clone()]), vec![GuestEvent::Left, GuestEvent::Lost]),
+        (begun_and(&[ready(true), Handed, lost.clone()]), vec![GuestEvent::Left, GuestEvent::Lost]),
+        (begun_and(&[ready(true), Handed, Closed, lost]), vec![GuestEvent::Left]),
+    ] {
+        let (_, actions) = guest(&events);
+        assert_eq!(about_guest(&actions), heard, "{events:?}");
+        assert!(about_guest(&host(true, &events).1).is_empty(), "only a guest has a record: {events:?}");
+    }
+}
+
+/// A home points its redirect at the new place, or removes it when the connection is back; a guest's host does neither.
+#[test]
+fn a_home_follows_its_connection() {
+    let elsewhere: SocketAddr = "10.4.0.2:80".parse().expect("an address");
+    let moved = begun_and(&[ready(true), HostEvent::Moved(elsewhere)]);
+    let (state, actions) = host(true, &moved);
+    assert_eq!((state, actions.last()), (HostState::Offloaded, Some(&HostAction::Repoint(elsewhere))));
+    assert!(!guest(&moved).1.contains(&HostAction::Repoint(elsewhere)));
+    let back = begun_and(&[ready(true), HostEvent::Handed, HostEvent::Returned]);
+    let (state, actions) = host(true, &back);
+    assert_eq!((state, actions.last()), (HostState::Done, Some(&HostAction::RemoveRedirect)));
+    assert_eq!(guest(&back).0, HostState::Offloaded);
+}
+
+#[test]
+fn what_a_target_keeps_of_a_guest_that_left() {
+    use TargetAction as A;
+    use TargetEvent as E;
+    let served = [E::Begin, E::Restored(Ok(())), E::Handed(Ok(())), E::HostReady];
+    let run = |more: &[GuestEvent], then: &[TargetEvent]| {
+        let more = more.iter().map(|e| E::Guest(*e));
+        let events: Vec<_> = served.iter().cloned().chain(more).chain(then.iter().cloned()).collect();
+        let (state, actions) = target(true, &events);
+        (state, actions[6..].to_vec())
+    };
+    let left = GuestEvent::Left;
+    assert_eq!(
+        run(&[left], &[E::SocketGone]),
+        (TargetState::Left, vec![A::NoteLeft]),
+        "its end is another's"
+    );
+    assert_eq!(run(&[left], &[E::HostReady]).1, [A::NoteLeft, A::SendHanded]);
+    assert_eq!(
+        run(&[left, GuestEvent::Released], &[]),
+        (TargetState::Done, vec![A::NoteLeft, A::RemoveRewrite])
+    );
+    assert_eq!(
+        run(&[left, GuestEvent::Lost], &[E::ClosedAck]),
+        (TargetState::Done, vec![A::NoteLeft, A::SendClosed, A::RemoveRewrite])
+    );
+    assert_eq!(run(&[], &[E::Home]), (TargetState::Done, vec![A::RemoveRewrite]));
+}
+
+#[test]
+fn a_shortcut_is_told_until_both_have_heard() {
+    use ShortcutAction as A;
+    use ShortcutEvent as E;
+    let mut direct = Shortcut::new(false);
+    for event in [E::Confirmed, E::HomeBack, E::MovedAck, E::ViaBack, E::Released, E::GiveUp] {
+        assert_eq!(direct.on(event), None, "there is no detour: {event:?}");
+    }
+    let run = |events: &[ShortcutEvent]| {
+        let mut s = Shortcut::new(true);
+        let actions: Vec<_> = events.iter().filter_map(|e| s.on(*e)).collect();
+        (s.state(), actions)
+    };
+    assert_eq!(
+        run(&[E::HomeBack, E::MovedAck, E::GiveUp]),
+        (ShortcutState::Waiting, vec![]),
+        "not confirmed"
+    );
+    let (state, actions) =
+        run(&[E::Confirmed, E::ViaBack, E::HomeBack, E::MovedAck, E::HomeBack, E::ViaBack]);
+    assert_eq!(state, ShortcutState::Releasing);
+    assert_eq!(actions, [A::SendMoved, A::SendMoved, A::SendClosed, A::SendClosed]);
+    for last in [E::Released, E::GiveUp] {
+        let (state, actions) = run(&[E::Confirmed, E::MovedAck, last, last]);
+        assert_eq!((state, actions), (ShortcutState::Done, vec![A::SendMoved, A::SendClosed, A::Close]));
+    }
+}

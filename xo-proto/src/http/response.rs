@@ -71,7 +71,7 @@ impl Default for ResponseTracker {
 
 impl ResponseTracker {
     /// The server has been given a request.
-    pub fn expect(&mut self, method: Method) {
+    pub fn asked(&mut self, method: Method) {
         if self.outstanding == MAX_OUTSTANDING {
             return self.fail();
         }

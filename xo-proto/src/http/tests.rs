@@ -184,7 +184,7 @@ fn lines_of_the_chunked_coding_end_with_crlf() {
 fn responses_that_end_http() {
     let wrote = |text: &str, method| {
         let mut t = ResponseTracker::default();
-        t.expect(method);
+        t.asked(method);
         t.wrote(text.as_bytes());
         t.progress()
     };
@@ -216,7 +216,7 @@ fn a_long_head_in_two_writes() {
     for (n, progress) in [(60_000, Progress::Clean), (70_000, Progress::Unknown)] {
         let all = head(n) + &"b".repeat(100_000);
         let mut t = ResponseTracker::default();
-        t.expect(Method::Other);
+        t.asked(Method::Other);
         t.wrote(&all.as_bytes()[..30]);
         assert_eq!(t.progress(), Progress::InProgress);
         t.wrote(&all.as_bytes()[30..]);
@@ -227,7 +227,7 @@ fn a_long_head_in_two_writes() {
 #[test]
 fn files_are_counted_unseen() {
     let mut t = ResponseTracker::default();
-    t.expect(Method::Other);
+    t.asked(Method::Other);
     t.wrote(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n");
     t.wrote_unseen(400);
     assert_eq!(t.progress(), Progress::InProgress);
@@ -236,6 +236,6 @@ fn files_are_counted_unseen() {
     t.wrote_unseen(1);
     assert_eq!(t.progress(), Progress::Unknown);
     let mut t = ResponseTracker::default();
-    (0..17).for_each(|_| t.expect(Method::Other));
+    (0..17).for_each(|_| t.asked(Method::Other));
     assert_eq!(t.progress(), Progress::Unknown, "too many requests outstanding");
 }

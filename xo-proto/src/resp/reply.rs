@@ -49,7 +49,7 @@ impl Default for Replies {
 
 impl Replies {
     /// The server has been given so many requests; one of them may `block`.
-    pub fn expect(&mut self, requests: u32, block: bool) {
+    pub fn asked(&mut self, requests: u32, block: bool) {
         match self.outstanding.checked_add(requests) {
             Some(n) => self.outstanding = n,
             None => self.state = State::Unknown,

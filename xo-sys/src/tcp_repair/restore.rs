@@ -186,12 +186,6 @@ impl Repaired {
         self.local
     }
 
-    /// Is there something that the server had written and the kernel not sent?
-    #[must_use]
-    pub fn has_unsent(&self) -> bool {
-        !self.unsent.is_empty()
-    }
-
     /// A duplicate for the handler, which must wait until the socket is out of repair mode ([`super::in_repair`]).
     ///
     /// # Errors

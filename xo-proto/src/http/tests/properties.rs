@@ -158,7 +158,7 @@ proptest! {
         let (stream, ends, opaque) = stream_of(&responses);
         let mut t = ResponseTracker::default();
         let all = if pipelined { responses.len() } else { 1 };
-        responses.iter().take(all).for_each(|r| t.expect(r.method));
+        responses.iter().take(all).for_each(|r| t.asked(r.method));
         let mut expected = all;
         let mut seen = Vec::new();
         // Without pipelining a response ends at the end of a write: the next request comes after it.
@@ -170,7 +170,7 @@ proptest! {
         }
         for piece in pieces {
             if expected < responses.len() && piece.start > 0 {
-                t.expect(responses[expected].method);
+                t.asked(responses[expected].method);
                 expected += 1;
             }
             let inside: Vec<_> = opaque
@@ -213,7 +213,7 @@ proptest! {
         let methods: Vec<_> = responses.iter().map(|r| r.method).collect();
         let real = oracle::responses(&stream, &methods);
         let mut t = ResponseTracker::default();
-        methods.iter().for_each(|m| t.expect(*m));
+        methods.iter().for_each(|m| t.asked(*m));
         // What was data may now be sent unseen where it is none: to be noticed, or counted as what it is.
         let how = Writes { sizes: &sizes, unseen: &unseen };
         let mut cleans = Vec::new();
@@ -238,7 +238,7 @@ proptest! {
             prop_assert_eq!(oracle::request(&stream), Some(first));
         }
         let mut t = ResponseTracker::default();
-        t.expect(Method::Other);
+        t.asked(Method::Other);
         let real = oracle::responses(&stream, &[Method::Other]);
         let how = Writes { sizes: &pace.wants, unseen: &[false] };
         let mut cleans = Vec::new();

@@ -157,7 +157,7 @@ proptest! {
         let (stream, _) = joined(replies.into_iter().map(|(reply, push)| [push.unwrap_or_default(), reply].concat()));
         prop_assert_eq!(oracle::replies(&stream, count).last().copied(), Some(stream.len()));
         let mut tracker = Replies::default();
-        tracker.expect(count as u32, false);
+        tracker.asked(count as u32, false);
         let (mut at, mut i) = (0, 0);
         while at < stream.len() {
             let n = sizes[i % sizes.len()].min(stream.len() - at);
@@ -181,7 +181,7 @@ proptest! {
             stream[at] = byte;
         }
         let mut tracker = Replies::default();
-        tracker.expect(count as u32, false);
+        tracker.asked(count as u32, false);
         let (mut at, mut i) = (0, 0);
         while at < stream.len() {
             let n = sizes[i % sizes.len()].min(stream.len() - at);
