@@ -73,8 +73,12 @@ fn a_target_that_refuses() {
     // And when there is a server, which the target reports at once, requests move.
     let _server = bed.nginx("t1");
     bed.wait_acceptors("t1", "web", 4);
-    std::thread::sleep(std::time::Duration::from_millis(200));
-    assert_eq!(three_requests(&bed), ["t1"; 3]);
+    let mut nodes = Vec::new();
+    wait_for(Duration::from_secs(10), || {
+        nodes = three_requests(&bed);
+        nodes == ["t1"; 3]
+    });
+    assert_eq!(nodes, ["t1"; 3]);
 }
 
 #[test]
