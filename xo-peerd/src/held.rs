@@ -18,9 +18,14 @@ pub(crate) struct HeldPacket {
 }
 
 impl HeldPacket {
+    /// What it acknowledges.
+    pub(crate) fn acknowledgement(&self) -> Option<u32> {
+        packet::acknowledgement(&self.bytes)
+    }
+
     /// Does it acknowledge more than this sequence number?
     pub(crate) fn acknowledges(&self, seq: u32) -> bool {
-        packet::acknowledgement(&self.bytes).is_some_and(|ack| (ack.wrapping_sub(seq) as i32) > 0)
+        self.acknowledgement().is_some_and(|ack| (ack.wrapping_sub(seq) as i32) > 0)
     }
 }
 

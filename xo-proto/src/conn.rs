@@ -18,6 +18,18 @@ pub struct ConnRecord {
     pub buffers: Buffers,
 }
 
+impl TcpState {
+    /// The client has acknowledged this, which another machine may have sent: a reset must say that it comes after it, or the
+    /// client takes no notice (RFC 5961, 3.2).
+    pub fn acknowledged(&mut self, ack: u32) {
+        if (ack.wrapping_sub(self.snd_seq) as i32) > 0 {
+            self.snd_seq = ack;
+            self.sent.clear();
+            self.unsent.clear();
+        }
+    }
+}
+
 /// Buffer sizes of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Encode, Decode)]
 pub struct Buffers {
@@ -119,5 +131,23 @@ impl fmt::Debug for TcpState {
             .field("timestamps", &self.timestamps)
             .field("window", &self.window)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_new_counts_as_acknowledged() {
+        for snd_seq in [1000, u32::MAX - 3] {
+            let before = TcpState { snd_seq, sent: vec![1; 5], ..TcpState::default() };
+            for (ahead, sent) in [(0_u32, 5), (u32::MAX, 5), (u32::MAX - 4, 5), (1, 0), (70_000, 0)] {
+                let mut state = before.clone();
+                state.acknowledged(snd_seq.wrapping_add(ahead));
+                let expected = if sent == 0 { snd_seq.wrapping_add(ahead) } else { snd_seq };
+                assert_eq!((state.snd_seq, state.sent.len()), (expected, sent), "{snd_seq} {ahead}");
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@ use xo_sys::tcp_repair;
 use super::{HostFlow, MAX_QUEUES, decide};
 use crate::clock::now_ns;
 use crate::engine::{Engine, Timer};
+use crate::held::HeldPacket;
 use crate::steer::SteerError;
 
 impl Engine {
@@ -136,14 +137,16 @@ impl Engine {
         let Some(flow) = self.hosted.get(&id) else { return };
         let entry = self.steer.flow(&flow.key);
         self.remove_entry_of(id);
-        let Some(flow) = self.hosted.get(&id) else { return };
+        let Some(flow) = self.hosted.get_mut(&id) else { return };
         if entry.is_some_and(|e| e.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0) {
             // It has ended as connections do.
             return;
         }
         log::warn!("{} was lost on {}: reset", flow.client, flow.target);
         self.metrics.failed(Reason::PeerLost);
-        let Some(record) = &flow.record else { return };
+        let Some(record) = &mut flow.record else { return };
+        let seen = flow.held.iter().filter_map(HeldPacket::acknowledgement);
+        seen.for_each(|ack| record.tcp.acknowledged(ack));
         if let Some((guest, _)) = &flow.guest {
             // Not there any more: then the RST has the wrong source, and the client ignores it.
             let _ = self.steer.note_left(&flow.key, guest.1, false);
