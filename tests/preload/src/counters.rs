@@ -74,6 +74,13 @@ impl Counters {
         self.get("RetransSegs")
     }
 
+    /// Segments sent again because the kernel took them for lost. The tail loss probe (RFC 8985, 7) that it sends when the
+    /// machine is busy with other things, wherever a connection is served, is not one of them.
+    #[must_use]
+    pub fn losses(&self) -> i64 {
+        (self.retransmissions() - self.get("TCPLossProbes")).max(0)
+    }
+
     /// Counters that are not zero and whose name says that something went wrong.
     #[must_use]
     pub fn troubles(&self) -> String {

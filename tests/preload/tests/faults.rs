@@ -33,7 +33,7 @@ fn without_a_daemon_on_the_target() {
     let before = Counters::of(&bed);
     assert_eq!(three_requests(&bed), ["host"; 3]);
     let counted = Counters::of(&bed).since(&before);
-    assert_eq!(counted.retransmissions(), 0, "{}", counted.troubles());
+    assert_eq!(counted.losses(), 0, "{}", counted.troubles());
     assert!(bed.status("host", "/refused_by_reason/peer_unreachable") > 0, "{:?}", bed.try_status("host"));
     assert_eq!(bed.status("host", "/flows_active"), 0);
 }
@@ -67,7 +67,7 @@ fn a_target_that_refuses() {
     assert_eq!(third, ["host"; 3], "nobody listens behind the handler");
     assert!(bed.status("host", "/refused_by_reason/no_handler") > refused, "{:?}", bed.try_status("host"));
     let counted = Counters::of(&bed).since(&before);
-    assert_eq!(counted.retransmissions(), counted.get("TCPSynRetrans"), "{}", counted.troubles());
+    assert_eq!(counted.losses(), counted.get("TCPSynRetrans"), "{}", counted.troubles());
     bed.wait_idle(&["host", "t1"]);
 
     // And when there is a server, which the target reports at once, requests move.

@@ -36,7 +36,7 @@ fn a_process_for_each_connection() {
         assert_eq!(rest, b"");
     }
     let counted = Counters::of(&bed).since(&before);
-    assert_eq!((counted.resets(), counted.retransmissions()), (0, 0), "{}", counted.troubles());
+    assert_eq!((counted.resets(), counted.losses()), (0, 0), "{}", counted.troubles());
     assert_eq!(bed.status("t1", "/accepted_total"), 2);
 }
 
