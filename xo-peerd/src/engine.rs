@@ -87,7 +87,7 @@ pub(crate) enum Timer {
     Dial(String),
     /// Packets may have been held while HOLD became REDIRECT.
     DrainHeld,
-    /// It is settled that a guest is here, which its server has asked to move.
+    /// It is settled that a guest is here, which its server has asked to move; or known by now whether a channel is quick.
     Settled(HandoffId),
     /// No packet comes by a detour any more.
     Linger(HandoffId),
@@ -494,6 +494,10 @@ impl Engine {
             PeerMessage::Pong(number) => {
                 if let Some(peer) = self.peers.get_mut(index) {
                     peer.probed(number);
+                    let waiting = std::mem::take(&mut peer.waiting);
+                    for id in waiting {
+                        self.start_when_settled(id);
+                    }
                 }
             }
             PeerMessage::Load(load) => self.on_load(index, load),
@@ -555,6 +559,9 @@ impl Engine {
         }
         if let Some((node, _)) = peer.dialled {
             self.dial_failed(&node);
+        }
+        for id in peer.waiting {
+            self.start_when_settled(id);
         }
     }
 }

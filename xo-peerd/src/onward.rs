@@ -171,9 +171,14 @@ impl Engine {
                 }
             }
             Some(ShortcutAction::SendClosed) => {
+                let over = served.state() == TargetState::Closing;
                 self.send_to_host(key, &PeerMessage::Closed(key.1));
                 if event == ShortcutEvent::MovedAck {
                     self.at(Instant::now() + PATIENCE, Timer::Detour(key.clone()));
+                    if over {
+                        // The home takes `CLOSED` only from where it knows the connection to be.
+                        self.target_event(key, &TargetEvent::PeerBack);
+                    }
                 }
             }
             Some(ShortcutAction::Close) => {

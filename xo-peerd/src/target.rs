@@ -170,16 +170,21 @@ impl Engine {
     pub(crate) fn on_host_ready(&mut self, index: usize, message: &HostReady) {
         let id = message.id;
         let Some(node) = self.node_of(index) else { return };
-        let key = (node, id);
-        let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
-        // Where its home asks about a later move than the last that is known here, it was lost here.
-        let is_known = |k: &ServedKey| {
-            self.served.get(k).is_some_and(|s| (s.origin.hop as u16).wrapping_sub(message.hop) as i16 >= 0)
+        let asked = (node, id);
+        let Some(key) = self.last_known(&asked, message.hop) else {
+            // Restored here once, given up since (time limit, restart): the host must tell the client.
+            let detail = "no such hand-off".into();
+            return self
+                .send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
         };
-        if moved_on || self.at_home.get(&key).is_some_and(|keys| keys.iter().any(is_known)) {
+        let Some(served) = self.served.get_mut(&key) else { return };
+        let state = served.state();
+        if key != asked && state == TargetState::Closing {
+            self.target_event(&key, &TargetEvent::PeerBack);
+        } else if key != asked || state == TargetState::Done {
             // It has been here, or is, by a way that the sender need not know.
             self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
-        } else if let Some(served) = self.served.get_mut(&key) {
+        } else {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
             let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
@@ -189,11 +194,20 @@ impl Engine {
                 tcp_repair::apply_options(fd, options);
             }
             self.target_event(&key, &TargetEvent::HostReady);
-        } else {
-            // Restored here once, given up since (time limit, restart): the host must tell the client.
-            let detail = "no such hand-off".into();
-            self.send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
         }
+        if key == asked {
+            // Who still asks has not taken `CLOSED`, or an earlier daemon of it has.
+            self.shortcut_event(&key, ShortcutEvent::ViaBack);
+        }
+    }
+
+    /// What is known here of a connection that another machine asks about by its own name for it: of several stays the
+    /// last. Nothing, if that is an earlier one than what is asked about: the connection was lost here since.
+    fn last_known(&self, asked: &ServedKey, hop: u16) -> Option<ServedKey> {
+        let by_detour = self.at_home.get(asked).into_iter().flatten();
+        let since = |k: &ServedKey| Some((self.served.get(k)?.origin.hop as u16).wrapping_sub(hop) as i16);
+        let known = by_detour.chain([asked]).filter_map(|k| Some((since(k)?, k)));
+        known.max_by_key(|(since, _)| *since).filter(|(since, _)| *since >= 0).map(|(_, k)| k.clone())
     }
 
     /// `QUERY`.
