@@ -582,6 +582,7 @@ impl Engine {
         peer.discard_unsent();
         match error {
             PeerError::Closed if peer.usable() => log::info!("peer {}: {error}", peer.name()),
+            _ if !peer.usable() && peer.dialled.is_some() => self.say_away(&peer.name(), error),
             _ => log::warn!("peer {}: {error}", peer.name()),
         }
         if let Some(hello) = &peer.hello {
