@@ -7,6 +7,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 use xo_proto::reason::{ALL, REASONS, Reason};
 
+use crate::pool::{PoolView, WorkerView};
 use crate::reload::PolicyView;
 use crate::targets::TargetView;
 
@@ -101,6 +102,8 @@ pub(crate) struct Live {
     pub(crate) handlers: Vec<(String, u64)>,
     /// Listening sockets of processes that take connections, by `attach` handler.
     pub(crate) acceptors: Vec<(String, u64)>,
+    /// Pools of workers.
+    pub(crate) pools: Vec<PoolView>,
     /// Machines that connections may go to.
     pub(crate) targets: Vec<TargetView>,
     /// The policy in force.
@@ -224,6 +227,7 @@ impl Metrics {
             "library": object(&live.library),
             "handlers": object(&live.handlers),
             "acceptors": object(&live.acceptors),
+            "pools": live.pools.iter().map(|p| (p.handler.clone(), pool_json(p))).collect::<Map<_, _>>(),
             "peers": peers,
             "targets": live.targets.iter().map(target_json).collect::<Vec<_>>(),
             "policy_epoch": live.policy.epoch,
@@ -315,6 +319,32 @@ impl Metrics {
             "Listening sockets of processes that take connections, by handler.",
             &labelled("handler", &live.acceptors),
         );
+        let ready = |p: &PoolView| p.workers.iter().filter(|w| w.ready).count() as u64;
+        metric("xo_pool_workers", "gauge", "Workers that take connections.", &of_pools(&live.pools, &ready));
+        metric(
+            "xo_pool_hellos_total",
+            "counter",
+            "Workers that have come so far.",
+            &of_pools(&live.pools, &|p| p.hellos),
+        );
+        metric(
+            "xo_pool_broken_total",
+            "counter",
+            "Workers' channels closed because of a broken message.",
+            &of_pools(&live.pools, &|p| p.broken),
+        );
+        metric(
+            "xo_pool_worker_connections",
+            "gauge",
+            "Connections of a worker.",
+            &of_workers(&live.pools, &|w| w.connections),
+        );
+        metric(
+            "xo_pool_worker_capacity",
+            "gauge",
+            "Connections that a worker can hold.",
+            &of_workers(&live.pools, &|w| w.capacity),
+        );
         let of_targets = |value: &dyn Fn(&TargetView) -> f64| -> Vec<(String, f64)> {
             live.targets.iter().map(|t| (format!("{{target=\"{}\"}}", t.name), value(t))).collect()
         };
@@ -385,6 +415,37 @@ fn target_json(target: &TargetView) -> Value {
     })
 }
 
+fn pool_json(pool: &PoolView) -> Value {
+    let worker = |w: &WorkerView| {
+        json!({
+            "pid": w.pid,
+            "state": if w.ready { "ready" } else { "greeting" },
+            "connections": w.connections,
+            "capacity": w.capacity,
+            "taken_total": w.taken,
+        })
+    };
+    json!({
+        "ready": pool.workers.iter().filter(|w| w.ready).count(),
+        "hellos_total": pool.hellos,
+        "broken_total": pool.broken,
+        "workers": pool.workers.iter().map(worker).collect::<Vec<_>>(),
+    })
+}
+
+/// Samples of the pools: with the labels of a pool, or of each of its workers.
+fn of_pools(pools: &[PoolView], value: &dyn Fn(&PoolView) -> u64) -> Vec<(String, f64)> {
+    pools.iter().map(|p| (format!("{{handler=\"{}\"}}", p.handler), value(p) as f64)).collect()
+}
+
+fn of_workers(pools: &[PoolView], value: &dyn Fn(&WorkerView) -> u32) -> Vec<(String, f64)> {
+    let of_one = |p: &PoolView| {
+        let label = |w: &WorkerView| format!("{{handler=\"{}\",worker=\"{}\"}}", p.handler, w.pid);
+        p.workers.iter().map(|w| (label(w), value(w).into())).collect::<Vec<_>>()
+    };
+    pools.iter().flat_map(of_one).collect()
+}
+
 fn object(pairs: &[(String, u64)]) -> Value {
     Value::Object(pairs.iter().map(|(name, n)| (name.clone(), json!(n))).collect())
 }
@@ -422,7 +483,11 @@ mod tests {
     fn prometheus_text_is_well_formed() {
         let metrics = Metrics::new();
         metrics.refused(Reason::TableFull);
-        let text = metrics.prometheus(&Live::default());
+        let workers = vec![WorkerView { pid: 7, ready: true, connections: 2, capacity: 4, taken: 9 }];
+        let pools = vec![PoolView { handler: "web".into(), workers, hellos: 3, broken: 1 }];
+        let text = metrics.prometheus(&Live { pools, ..Live::default() });
+        assert!(text.contains("\nxo_pool_workers{handler=\"web\"} 1\n"), "{text}");
+        assert!(text.contains("\nxo_pool_worker_connections{handler=\"web\",worker=\"7\"} 2\n"), "{text}");
         assert!(text.contains("\nxo_refused_total{reason=\"table_full\"} 1\n"), "{text}");
         for line in text.lines().filter(|l| !l.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').expect("name and value");

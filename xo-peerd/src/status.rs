@@ -70,6 +70,18 @@ pub(crate) fn table(status: &Value) -> String {
             status["acceptors"].get(name).map_or_else(String::new, |a| format!(", {a} listening sockets"));
         line("handler", format!("{name}: {n} connections{acceptors}"));
     }
+    for (name, pool) in status["pools"].as_object().into_iter().flatten() {
+        for w in pool["workers"].as_array().into_iter().flatten() {
+            let value = format!(
+                "{name}: process {} {}, {} of {} connections",
+                w["pid"],
+                text(&w["state"]),
+                w["connections"],
+                w["capacity"]
+            );
+            line("worker", value);
+        }
+    }
     let times = &status["handoff_us"];
     line("hand-off time, µs", format!("{:>8} {:>8}", "p50", "p99"));
     for step in ["queue", "block", "dump", "transfer", "restore", "rewrite", "redirect", "ready"] {

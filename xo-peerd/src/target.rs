@@ -18,6 +18,7 @@ use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer, is_fresh};
 use crate::exec::Reserve;
 use crate::onward::Origin;
+use crate::pool::Seat;
 use crate::restore::Entry;
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
@@ -50,6 +51,8 @@ pub(crate) struct Served {
     /// What starting its process takes, for mode `exec`.
     pub(crate) reserve: Option<Reserve>,
     pub(crate) acceptor: Option<usize>,
+    /// A worker's room for it, for mode `pool`, until the worker has it.
+    pub(crate) seat: Option<Seat>,
     /// The client.
     pub(crate) client: SocketAddr,
     /// Our address of the connection.
@@ -99,6 +102,7 @@ impl Served {
             mode: None,
             reserve: None,
             acceptor: None,
+            seat: None,
             client,
             local: host,
             entrance: host,
@@ -150,7 +154,7 @@ impl Engine {
             let origin = Origin::of(&key, begin.home.as_ref(), &self.config.node);
             // A process is started for each connection of an `exec` handler: the host does not wait for that.
             let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
-            let quick = origin.here || matches!(mode, Some(HandlerMode::Attach { .. }));
+            let quick = origin.here || !matches!(mode, Some(HandlerMode::Exec { .. }) | None);
             let machine = Target::new(begin.start && fresh && quick);
             let mut served =
                 Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
@@ -336,6 +340,7 @@ impl Engine {
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
+                    served.seat = None;
                 }
                 self.remove_entry(key);
             }
@@ -374,17 +379,15 @@ impl Engine {
         let served = self.served.get_mut(key)?;
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
-        let (elapsed, early) = (served.elapsed, served.machine.early());
+        let elapsed = served.elapsed;
         match mode {
             Some(HandlerMode::Attach { port }) => {
                 let started = self.start_attached(key, (port, acceptor), restored, elapsed);
-                Some(started.and_then(|socket| {
-                    let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
-                    served.started_ns = Some(now_ns());
-                    allow_reuse(&socket, client);
-                    served.kept = early.then_some(socket);
-                    Ok(())
-                }))
+                Some(started.and_then(|socket| self.started(key, socket)))
+            }
+            Some(HandlerMode::Pool { .. }) => {
+                let started = self.start_pooled(key, restored, elapsed);
+                Some(started.and_then(|socket| self.started(key, socket)))
             }
             Some(HandlerMode::Exec { command }) => match live(restored, elapsed, client) {
                 Ok(socket) => {
@@ -396,6 +399,14 @@ impl Engine {
             },
             None => Some(Err(Reason::NoHandler)),
         }
+    }
+
+    /// The handler has it. In the early order it can still be taken away.
+    fn started(&mut self, key: &ServedKey, socket: OwnedFd) -> Result<(), Reason> {
+        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        served.started_ns = Some(now_ns());
+        served.kept = served.machine.early().then_some(socket);
+        Ok(())
     }
 
     /// First into the handler's hands, where it is mute while in repair mode, then live: if this daemon died in between the
@@ -416,7 +427,9 @@ impl Engine {
             log::warn!("handing the connection of {client} over: {e}");
             if e.kind() == ErrorKind::StorageFull { Reason::TableFull } else { Reason::NoHandler }
         })?;
-        live(restored, elapsed, client)
+        let socket = live(restored, elapsed, client)?;
+        allow_reuse(&socket, client);
+        Ok(socket)
     }
 
     /// `TARGET_READY` of the early order.
@@ -451,7 +464,9 @@ impl Engine {
             }
             let place = std::mem::replace(&mut served.place, Place::None);
             let parked = std::mem::take(&mut served.parked);
-            self.abandoned.push(place);
+            if matches!(place, Place::Process { .. }) {
+                self.abandoned.push(place);
+            }
             self.hopeless(parked);
         }
         self.remove_entry(key);
@@ -542,7 +557,7 @@ impl Engine {
 }
 
 /// Leaves repair mode.
-fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<OwnedFd, Reason> {
+pub(crate) fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<OwnedFd, Reason> {
     // A response follows at once, so no window probe is needed.
     restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
         log::error!("starting the connection of {client}: {e}");
@@ -551,14 +566,14 @@ fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<Own
 }
 
 /// A server that is restarted must be able to bind the port of connections that it had.
-fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
+pub(crate) fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
     if let Err(e) = tcp_repair::reuse_address(socket.as_raw_fd()) {
         log::warn!("SO_REUSEADDR for the connection of {client}: {e}");
     }
 }
 
 /// Empties a live socket in place, without a packet.
-fn empty(socket: &OwnedFd, client: SocketAddr) {
+pub(crate) fn empty(socket: &OwnedFd, client: SocketAddr) {
     if let Err(e) = tcp_repair::withdraw(socket.as_raw_fd()) {
         log::error!("withdrawing the connection of {client}: {e}");
     }

@@ -175,7 +175,7 @@ impl Engine {
         let Some(known) = self.targets.known.get_mut(node) else { return };
         match reason {
             // Its next report says whether somebody is there again.
-            R::NoHandler => {
+            R::NoHandler | R::NoWorker | R::PoolFull => {
                 known.deserted.insert(handler.to_owned());
                 self.targets.board.set_state(handler_id(node, handler), DOWN);
             }
@@ -268,6 +268,7 @@ impl Engine {
         let present = |h: &&Handler| match h.mode {
             HandlerMode::Attach { port } => self.acceptors_on(port) > 0,
             HandlerMode::Exec { .. } => true,
+            HandlerMode::Pool { .. } => self.pools.has_room(&h.name),
         };
         let handlers = self.config.handlers.iter().filter(present).map(|h| h.name.clone()).collect();
         self.targets.board.set_load(node_id(&self.config.node), connections, cpu_permille.into());

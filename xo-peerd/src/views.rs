@@ -40,6 +40,7 @@ impl Engine {
             peers: self.peer_views(),
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
+            pools: self.pools.views(),
             targets: self.target_views(),
             policy: self.policy_view(),
         }
@@ -114,7 +115,7 @@ impl Engine {
     fn acceptor_views(&self) -> Vec<(String, u64)> {
         let attached = |h: &Handler| match h.mode {
             HandlerMode::Attach { port } => Some((h.name.clone(), self.acceptors_on(port))),
-            HandlerMode::Exec { .. } => None,
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => None,
         };
         self.config.handlers.iter().filter_map(attached).collect()
     }

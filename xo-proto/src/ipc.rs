@@ -8,7 +8,7 @@ use bincode::{Decode, Encode};
 use crate::reason::Reason;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.

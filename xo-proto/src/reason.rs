@@ -84,10 +84,14 @@ pub enum Reason {
     Script,
     /// A Redis command that is not known here; the connection is left alone from here on.
     UnknownCommand,
+    /// No worker of the target's pool is there.
+    NoWorker,
+    /// All workers of the target's pool have as many connections as they can hold.
+    PoolFull,
 }
 
 /// Number of reasons.
-pub const REASONS: usize = Reason::UnknownCommand as usize + 1;
+pub const REASONS: usize = Reason::PoolFull as usize + 1;
 
 /// All reasons, in the order of their numbers.
 pub const ALL: [Reason; REASONS] = {
@@ -132,6 +136,8 @@ pub const ALL: [Reason; REASONS] = {
         Blocking,
         Script,
         UnknownCommand,
+        NoWorker,
+        PoolFull,
     ]
 };
 
@@ -180,6 +186,8 @@ impl Reason {
             Blocking => "blocking",
             Script => "script",
             UnknownCommand => "unknown_command",
+            NoWorker => "no_worker",
+            PoolFull => "pool_full",
         }
     }
 }

@@ -49,6 +49,12 @@ fn check_says_what_is_wrong_and_where() {
         ("listen = \"here\"\n", good.into(), "peerd.toml:4:10"),
         ("bogus = 1\n", good.into(), "peerd.toml:4:1"),
         ("[[handler]]\nname = \"web\"\nmode = \"attach\"\n", good.into(), "peerd.toml:4:1"),
+        ("[[handler]]\nname = \"web\"\nmode = \"pool\"\n", good.into(), "peerd.toml:4:1"),
+        (
+            "[[handler]]\nname = \"web\"\nmode = \"pool\"\ncommand = [\"/bin/cat\"]\nworkers = 0\n",
+            good.into(),
+            "peerd.toml:8:11",
+        ),
         ("[[handler]]\nname = \"web\"\nmode = \"exec\"\ncommand = []\n", good.into(), "peerd.toml:"),
     ];
     for (config_more, policy_text, place) in cases {
