@@ -8,7 +8,7 @@ use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// First field of the first message.
 pub const MAGIC: [u8; 4] = *b"XOP1";
 
@@ -78,7 +78,16 @@ pub struct Load {
     /// How busy its processors have been of late.
     pub cpu_permille: u16,
     /// Handlers that take connections now.
-    pub handlers: Vec<String>,
+    pub handlers: Vec<HandlerLoad>,
+}
+
+/// How busy a handler is.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HandlerLoad {
+    /// Its name.
+    pub name: String,
+    /// Other machines' connections that it serves.
+    pub connections: u32,
 }
 
 /// Liveness probe.
