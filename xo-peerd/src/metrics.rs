@@ -370,14 +370,18 @@ impl Metrics {
         let mut samples = Vec::new();
         for ((_, kind), times) in KINDS.iter().zip(times.iter()) {
             for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
+                let labels = format!("kind=\"{kind}\",step=\"{name}\"");
                 for q in [0.5, 0.9, 0.99] {
                     let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
-                    let labels = format!("{{kind=\"{kind}\",step=\"{name}\",quantile=\"{q}\"}}");
-                    samples.push((labels, seconds));
+                    samples.push((format!("{{{labels},quantile=\"{q}\"}}"), seconds));
                 }
+                let count = h.len() as f64;
+                let sum = if h.is_empty() { 0.0 } else { h.mean() * count / 1e9 };
+                samples.push((format!("_sum{{{labels}}}"), sum));
+                samples.push((format!("_count{{{labels}}}"), count));
             }
         }
-        metric("xo_handoff_seconds", "gauge", "Hand-off time by step.", &samples);
+        metric("xo_handoff_seconds", "summary", "Hand-off time by step.", &samples);
         text
     }
 }

@@ -124,6 +124,12 @@ impl Targets {
         }
     }
 
+    /// A connection leaves this machine. Its processes must know at once how many are left, or all would send away what is
+    /// too much for the machine.
+    pub(crate) fn one_leaves(&self, own: &str) {
+        self.board.one_leaves(node_id(own));
+    }
+
     /// Is a connection to its daemon to be kept?
     pub(crate) fn keeps(&self, node: &str) -> bool {
         self.known.get(node).is_some_and(|k| k.in_policy || k.wanted.elapsed() < WANTED)
