@@ -45,7 +45,7 @@ const REPLIES: [&str; 4] = [
     "=7\r\ntxt:abc\r\n!5\r\nERR x\r\n$0\r\n\r\n*0\r\n",
 ];
 
-const POLICIES: [&str; 6] = [
+const POLICIES: [&str; 7] = [
     "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
      balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
      header = { name = \"x\", value = \"y\" }\nto = [\"t1\"]\n[[rule]]\npath_regex = \"^/v[0-9]+\"\npath_exact = \"/a\"\nto = [\"t1\"]\n",
@@ -58,6 +58,8 @@ const POLICIES: [&str; 6] = [
      handler = \"redis\"\nsticky = false\n",
     "\080,6379/redis\0t1=10.3.0.2:7400,t2=10.4.0.2:7400\0slots=0-8191 => local,t1,t2*3 %hash(slot) @redis; slots=8192-16383 => t2; \
      /img/ => t1 %hash(path)",
+    "listen = [80]\n[targets]\nt1 = \"10.3.0.2:7400\"\nt2 = \"10.4.0.2:7400\"\n[[rule]]\npath_prefix = \"/\"\n\
+     to = [\"t1\", { name = \"t2\", weight = 3 }]\nbalance = \"least_loaded\"\nsticky = \"balanced\"\nimbalance = 50\n",
 ];
 
 const POOLS: [&str; 3] = [

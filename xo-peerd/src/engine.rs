@@ -148,7 +148,7 @@ pub(crate) struct Engine {
     pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
-    /// Deliveries of withdrawn connections, until their processes close them.
+    /// Deliveries of connections that were withdrawn or have left, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,

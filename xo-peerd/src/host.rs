@@ -171,6 +171,7 @@ impl Engine {
         if self.is_stopping() {
             return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
         }
+        self.targets.one_leaves(&self.config.node);
         self.start_when_settled(id);
     }
 

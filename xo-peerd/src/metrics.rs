@@ -361,6 +361,24 @@ impl Metrics {
             &of_targets(&|t| t.connections as f64),
         );
         metric(
+            "xo_target_serves",
+            "gauge",
+            "Connections that a target serves, whoever sent them, by its last report.",
+            &of_targets(&|t| t.load.connections.into()),
+        );
+        metric(
+            "xo_target_cpu_ratio",
+            "gauge",
+            "How busy a target's processors are, 0 to 1, by its last report.",
+            &of_targets(&|t| f64::from(t.load.cpu_permille) / 1000.0),
+        );
+        metric(
+            "xo_target_handler_serves",
+            "gauge",
+            "Connections that other machines sent to a target, by the handler that serves them, by its last report.",
+            &of_handlers(&live.targets),
+        );
+        metric(
             "xo_policy_epoch",
             "gauge",
             "Policies that this daemon has had.",
@@ -382,16 +400,26 @@ impl Metrics {
         let mut samples = Vec::new();
         for ((_, kind), times) in KINDS.iter().zip(times.iter()) {
             for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
+                let labels = format!("kind=\"{kind}\",step=\"{name}\"");
                 for q in [0.5, 0.9, 0.99] {
                     let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
-                    let labels = format!("{{kind=\"{kind}\",step=\"{name}\",quantile=\"{q}\"}}");
-                    samples.push((labels, seconds));
+                    samples.push((format!("{{{labels},quantile=\"{q}\"}}"), seconds));
                 }
+                let count = h.len() as f64;
+                let sum = if h.is_empty() { 0.0 } else { h.mean() * count / 1e9 };
+                samples.push((format!("_sum{{{labels}}}"), sum));
+                samples.push((format!("_count{{{labels}}}"), count));
             }
         }
-        metric("xo_handoff_seconds", "gauge", "Hand-off time by step.", &samples);
+        metric("xo_handoff_seconds", "summary", "Hand-off time by step.", &samples);
         text
     }
+}
+
+fn of_handlers(targets: &[TargetView]) -> Vec<(String, f64)> {
+    let each = targets.iter().flat_map(|t| t.load.handlers.iter().map(move |h| (t, h)));
+    each.map(|(t, h)| (format!("{{target=\"{}\",handler=\"{}\"}}", t.name, h.name), f64::from(h.connections)))
+        .collect()
 }
 
 fn by_reason(counters: &[AtomicU64; REASONS]) -> (Value, u64) {
@@ -412,6 +440,7 @@ fn target_json(target: &TargetView) -> Value {
         "connections": target.connections,
         "serves": target.load.connections,
         "cpu_permille": target.load.cpu_permille,
+        "handlers": target.load.handlers.iter().map(|h| (h.name.clone(), json!(h.connections))).collect::<Map<_, _>>(),
     })
 }
 
@@ -452,6 +481,8 @@ fn object(pairs: &[(String, u64)]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use xo_proto::wire::{HandlerLoad, Load};
+
     use super::*;
 
     #[test]
@@ -477,6 +508,33 @@ mod tests {
         for step in ["queue", "block", "dump", "transfer", "restore", "rewrite", "redirect", "ready"] {
             assert!(v["handoff_us"][step]["p99"].is_number(), "{step}");
         }
+    }
+
+    #[test]
+    fn a_targets_load_is_shown() {
+        let handlers = vec![HandlerLoad { name: "web".into(), connections: 3 }];
+        let target = TargetView {
+            name: "t1".into(),
+            address: "10.0.0.1:7400".into(),
+            state: "up",
+            connections: 2,
+            load: Load { connections: 5, cpu_permille: 125, handlers },
+        };
+        let live = Live { targets: vec![target], ..Live::default() };
+        let text = Metrics::new().prometheus(&live);
+        for line in [
+            "xo_target_connections{target=\"t1\"} 2",
+            "xo_target_serves{target=\"t1\"} 5",
+            "xo_target_cpu_ratio{target=\"t1\"} 0.125",
+            "xo_target_handler_serves{target=\"t1\",handler=\"web\"} 3",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}: {text}");
+        }
+        let status: Value = serde_json::from_str(&Metrics::new().status_json(&live)).expect("JSON");
+        let shown = &status["targets"][0];
+        assert_eq!((&shown["serves"], &shown["handlers"]["web"]), (&json!(5), &json!(3)));
+        let table = crate::status::table(&status);
+        assert!(table.contains("t1 up, 2 connections from here, serves 5 (web 3), CPU 12.5 %"), "{table}");
     }
 
     #[test]

@@ -358,6 +358,7 @@ impl Engine {
                 }
             }
             TargetAction::NoteLeft => {
+                self.abandon_place(key);
                 if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
                     && let Err(e) = self.steer.note_left(&flow, key.1, true)
                 {
@@ -462,14 +463,19 @@ impl Engine {
             if let Some(kept) = served.kept.take() {
                 empty(&kept, served.client);
             }
-            let place = std::mem::replace(&mut served.place, Place::None);
             let parked = std::mem::take(&mut served.parked);
-            if matches!(place, Place::Process { .. }) {
-                self.abandoned.push(place);
-            }
+            self.abandon_place(key);
             self.hopeless(parked);
         }
         self.remove_entry(key);
+    }
+
+    /// A connection is not its process's any more: its delivery slot is free once the process has closed the emptied socket.
+    pub(crate) fn abandon_place(&mut self, key: &ServedKey) {
+        let Some(served) = self.served.get_mut(key) else { return };
+        if matches!(served.place, Place::Process { .. }) {
+            self.abandoned.push(std::mem::replace(&mut served.place, Place::None));
+        }
     }
 
     /// The connection stays here.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use xo_proto::http::{Head, parse_head};
 use xo_proto::policy::{Decision, Here, Idle, Pick, Policy};
-use xo_tests::pool::{self, Crowd, Pool, peerd_says, wait_target};
+use xo_tests::counters::Counters;
+use xo_tests::pool::{self, Crowd, Pool, Regulars, peerd_says, wait_target};
 use xo_tests::program::wait_for;
 use xo_tests::servers::address;
 use xo_tests::{Bed, Connection};
@@ -130,6 +131,56 @@ fn the_least_loaded_gets_the_next() {
         drop(connections);
         bed.wait_idle(&["host", "t1", "t2"]);
     }
+}
+
+/// Connections at each target, as the host has them; `None` while they are not so many in all, or no machine would rest:
+/// one has more than its share and more than a quarter above the least loaded.
+fn balanced(bed: &Bed, all: usize) -> Option<BTreeMap<String, u64>> {
+    let targets = bed.servers().into_iter().filter(|n| n != "host");
+    let loads = targets.map(|t| Some((t.clone(), pool::target(bed, "host", &t)?.1)));
+    let loads = loads.collect::<Option<BTreeMap<_, _>>>()?;
+    let (sum, least) = (loads.values().sum::<u64>(), loads.values().min()? + 1);
+    let mean = sum.div_ceil(loads.len() as u64);
+    let rests = |n: &u64| *n <= mean || *n * 4 <= least * 5;
+    (sum == all as u64 && loads.values().all(rests)).then_some(loads)
+}
+
+#[test]
+fn connections_move_to_a_target_that_has_less_to_do() {
+    const CLIENTS: usize = 64;
+    let bed = Bed::up(4, 1);
+    let rule = "[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"t2\", \"t3\", \"t4\"]\n\
+                balance = \"least_loaded\"\nsticky = \"balanced\"\nhandler = \"web\"\n";
+    let _pool = Pool::up(&bed, rule);
+    let before = Counters::of(&bed);
+    let regulars = Regulars::start(&bed, CLIENTS);
+    let moves = || bed.servers().iter().map(|n| bed.status(n, "/onward_total")).sum::<u64>();
+    let balance = |all| {
+        let mut loads = None;
+        let in_time = wait_for(Duration::from_secs(30), || {
+            loads = balanced(&bed, all);
+            loads.is_some()
+        });
+        assert!(in_time, "{:?}", bed.try_status("host"));
+        // It stays so. A move may be under way still, decided on by the last but one report.
+        let at_rest = wait_for(Duration::from_secs(30), || {
+            let before = moves();
+            regulars.go_on(30);
+            moves() == before
+        });
+        assert!(at_rest, "connections move to and fro: {:?}", bed.try_status("host"));
+        println!("{loads:?} after {} moves", moves());
+    };
+    balance(CLIENTS);
+    let so_far = moves();
+    let left = CLIENTS - regulars.leave("t1");
+    assert!(left < CLIENTS, "nobody was at t1");
+    balance(left);
+    assert!(moves() > so_far, "nobody has moved");
+    let counted = Counters::of(&bed).since(&before);
+    assert_eq!(counted.get_on("client", "EstabResets"), 0, "{}", counted.troubles());
+    regulars.end();
+    bed.wait_idle(&["host", "t1", "t2", "t3", "t4"]);
 }
 
 const BY_TURNS: &str = "[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"t2\"]\nhandler = \"web\"\n\
