@@ -348,11 +348,8 @@ fn message(iov: &mut libc::iovec, control: &mut Control) -> libc::msghdr {
 /// # Errors
 /// Of sendmsg(2).
 pub fn send_record(fd: RawFd, kind: u8, bytes: &[u8], flags: i32) -> io::Result<usize> {
-    let header = libc::cmsghdr {
-        cmsg_len: CONTROL_LEN,
-        cmsg_level: libc::SOL_TLS,
-        cmsg_type: TLS_SET_RECORD_TYPE,
-    };
+    let header =
+        libc::cmsghdr { cmsg_len: CONTROL_LEN, cmsg_level: libc::SOL_TLS, cmsg_type: TLS_SET_RECORD_TYPE };
     let mut control = Control { header, kind, _padding: [0; 7] };
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let message = message(&mut iov, &mut control);
@@ -407,7 +404,9 @@ pub fn probe() -> Result<Support, KtlsError> {
             let (socket, _peer) = pair().map_err(|e| KtlsError::Other("loopback", e))?;
             let fd = socket.as_raw_fd();
             attach(fd)?;
-            let Some(keys) = Keys::new(version, suite, &[1; 32][..suite.key_len()], [2; 12], 0) else { continue };
+            let Some(keys) = Keys::new(version, suite, &[1; 32][..suite.key_len()], [2; 12], 0) else {
+                continue;
+            };
             let both = [Direction::Send, Direction::Receive];
             let taken = both.into_iter().try_for_each(|direction| install(fd, direction, &keys));
             match taken {
@@ -434,7 +433,8 @@ mod tests {
 
     fn keys(version: Version, suite: Suite) -> Keys {
         let key: Vec<u8> = (100..).take(suite.key_len()).collect();
-        Keys::new(version, suite, &key, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], 0x0102).expect("the right length")
+        Keys::new(version, suite, &key, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], 0x0102)
+            .expect("the right length")
     }
 
     #[test]

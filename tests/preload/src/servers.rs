@@ -84,6 +84,10 @@ impl Bed {
             self.socket(node).display(),
         );
         let slower = slowness();
+        if slower > 1 && !head.contains("handoff") {
+            // The early order gives a connection up that is not confirmed within 0.3 s, which an emulated processor may need.
+            text += "handoff = \"strict\"\n";
+        }
         if slower > 1 && !head.contains("limits") && !handlers.contains("limits") {
             // The defaults are meant for machines.
             text += &format!("limits.timeout_ms = {}\n", 100 * slower);

@@ -22,7 +22,8 @@ fn pair() -> [TcpStream; 2] {
 
 fn keys(version: Version, suite: Suite, name: &str, seq: u64) -> Keys {
     let iv = content::of(&format!("iv {name}"), 12).try_into().expect("12 bytes");
-    Keys::new(version, suite, &content::of(name, suite.key_len()), iv, seq).expect("a key of the right length")
+    Keys::new(version, suite, &content::of(name, suite.key_len()), iv, seq)
+        .expect("a key of the right length")
 }
 
 /// A connection with kernel TLS at both ends, which have been at it for some time.

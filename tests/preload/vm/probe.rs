@@ -58,9 +58,11 @@ fn netem_loses_packets_and_flower_counts_and_drops_them() {
     assert_eq!(answered(&bed, 20), 0);
     let shown = run(&bed, "host", "tc -s -j filter show dev eth0 ingress");
     let shown: Value = serde_json::from_str(&shown).expect("JSON");
-    let packets = shown.as_array().into_iter().flatten().find_map(|filter| {
-        filter.pointer("/options/actions/0/stats/packets").and_then(Value::as_u64)
-    });
+    let packets = shown
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find_map(|filter| filter.pointer("/options/actions/0/stats/packets").and_then(Value::as_u64));
     assert_eq!(packets, Some(20), "{shown:#}");
     run(&bed, "host", "tc filter del dev eth0 ingress");
     assert_eq!(answered(&bed, 20), 20);
