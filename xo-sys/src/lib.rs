@@ -4,6 +4,7 @@
 //! where a call through libc's `recvmsg` would end in our own hook.
 pub mod board;
 pub mod fdpass;
+pub mod ktls;
 pub mod probe;
 pub mod raw;
 pub mod replay;
