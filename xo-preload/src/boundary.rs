@@ -342,6 +342,7 @@ pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool
         to: chosen.to.clone(),
         handler: chosen.handler.to_owned(),
         moves,
+        tls: None,
         decided_ns,
     });
     match asked {

@@ -6,9 +6,10 @@ use std::net::SocketAddr;
 use bincode::{Decode, Encode};
 
 use crate::reason::Reason;
+use crate::tls::TlsState;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -53,6 +54,14 @@ pub enum ToDaemon {
     Query(Query),
 }
 
+impl ToDaemon {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, ToDaemon::Offload(offload) if offload.tls.is_some())
+    }
+}
+
 /// What an operator may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum Query {
@@ -84,6 +93,8 @@ pub struct Offload {
     pub handler: String,
     /// Moves so far on behalf of the request at hand.
     pub moves: u8,
+    /// The connection's TLS, if it has any.
+    pub tls: Option<TlsState>,
     /// `CLOCK_MONOTONIC` when the policy had decided, ns.
     pub decided_ns: u64,
 }
@@ -125,6 +136,14 @@ pub enum FromDaemon {
     Nothing,
 }
 
+impl FromDaemon {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, FromDaemon::Deliver(deliver) if deliver.tls.is_some())
+    }
+}
+
 /// A connection for this process to accept.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Deliver {
@@ -138,6 +157,8 @@ pub struct Deliver {
     pub home: u64,
     /// Moves so far on behalf of the request that waits in it.
     pub moves: u8,
+    /// Its TLS, if it has any: what can be read from the descriptor is records.
+    pub tls: Option<TlsState>,
 }
 
 /// Outcome of an [`Offload`], kept in the slot.

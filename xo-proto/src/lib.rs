@@ -18,4 +18,5 @@ pub mod protocol;
 pub mod reason;
 pub mod resp;
 pub mod slot;
+pub mod tls;
 pub mod wire;

@@ -8,7 +8,7 @@ use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// First field of the first message.
 pub const MAGIC: [u8; 4] = *b"XOP1";
 
@@ -53,6 +53,14 @@ pub enum PeerMessage {
     /// Home to target: my connections are to leave these machines at their next request, and no new ones are to go there.
     /// All of them: one that was named before and is not now may have connections again.
     Recall(Vec<String>),
+}
+
+impl PeerMessage {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, PeerMessage::BeginOffload(begin) if begin.record.tls.is_some())
+    }
 }
 
 /// Who is speaking.

@@ -60,7 +60,7 @@ pub fn dump(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, RepairEr
     })?;
     let record = state(fd, &info, limit).and_then(|tcp| {
         let buffers = buffers(fd).step("SO_MEMINFO", Reason::DumpFailed)?;
-        Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers })
+        Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers, tls: None })
     });
     if record.is_err() {
         let _ = resume(fd);
