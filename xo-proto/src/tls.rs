@@ -14,6 +14,7 @@ use zeroize::Zeroize;
 mod keylog;
 mod keys;
 mod record;
+mod stream;
 mod suite;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ pub use keylog::{KeylogLine, Label, Secret};
 pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
+pub use stream::{Proof, Stream};
 pub use suite::{Suite, Version};
 
 /// Longest secret, bytes: a SHA-384 hash, or the master secret of TLS 1.2.
