@@ -398,6 +398,7 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
 }
 
 /// What a registration's channel gives.
+#[expect(clippy::large_enum_variant, reason = "it lives on the stack for the time of an accept")]
 pub(crate) enum Delivery {
     /// A restored connection.
     One(Deliver, Fd),

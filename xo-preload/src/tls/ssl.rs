@@ -219,11 +219,13 @@ macro_rules! ssl_hooks {
                     REAL.set(openssl::original(concat!(stringify!($name), "\0")));
                 }
                 let original = REAL.get();
-                // SAFETY: the function of that name, or null for None.
+                if original.is_null() {
+                    return $($failure)?;
+                }
+                // SAFETY: the function of that name.
                 let $real = unsafe {
-                    std::mem::transmute::<*mut c_void, Option<unsafe extern "C" fn($($type),*) $(-> $ret)?>>(original)
+                    std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($type),*) $(-> $ret)?>(original)
                 };
-                let Some($real) = $real else { return $($failure)? };
                 // SAFETY: OpenSSL's own function gets the server's own arguments.
                 unsafe { $body }
             }
