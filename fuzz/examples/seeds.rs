@@ -9,6 +9,7 @@ use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Win
 use xo_proto::frame::{MAX_LOCAL_MESSAGE, encode_local, encode_peer};
 use xo_proto::ipc::{self, Deliver, Destination, FromDaemon, Offload, ToDaemon};
 use xo_proto::reason::Reason;
+use xo_proto::tls::{Content, Direction, Sealer, Suite, TlsState, Version};
 use xo_proto::wire::{
     BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Ping, Query, Refuse, TargetReady, VERSION,
 };
@@ -68,6 +69,14 @@ const POOLS: [&str; 3] = [
     "{\"type\":\"done\",\"connection\":1}\0{\"type\":\"hello\",\"version\":2,\"capacity\":1048577}",
 ];
 
+/// Some state of TLS 1.3.
+fn tls() -> TlsState {
+    let suite = Suite::of(Version::Tls13, 0x1301).expect("a suite");
+    let [received, sent] = [7, 8].map(|b| Direction::from_secret(suite, &[b; 32]).expect("keys"));
+    let (server_name, alpn) = ("a.example".into(), b"http/1.1".to_vec());
+    TlsState { version: Version::Tls13, cipher: 0x1301, received, sent, server_name, alpn }
+}
+
 fn peer_messages() -> Vec<PeerMessage> {
     let address: SocketAddr = "[fd00:1::2]:40000".parse().expect("an address");
     let local: SocketAddr = "10.2.0.2:80".parse().expect("an address");
@@ -85,8 +94,13 @@ fn peer_messages() -> Vec<PeerMessage> {
         window: Window { snd_wl1: 4, snd_wnd: 5, max_window: 6, rcv_wnd: 7, rcv_wup: 8 },
     };
     let options = SockOptions { congestion: "cubic".into(), nodelay: true, ..SockOptions::default() };
-    let record =
-        ConnRecord { client: address, local, tcp, buffers: Buffers { rcvbuf: 9, sndbuf: 10, lock: 1 } };
+    let record = ConnRecord {
+        client: address,
+        local,
+        tcp,
+        buffers: Buffers { rcvbuf: 9, sndbuf: 10, lock: 1 },
+        tls: Some(tls()),
+    };
     let hello = Hello {
         magic: MAGIC,
         version: VERSION,
@@ -132,6 +146,7 @@ fn local_messages() -> Vec<Vec<u8>> {
         to: Destination::Target { node: "t1".into(), address: client },
         handler: "web".into(),
         moves: 1,
+        tls: Some(tls()),
         decided_ns: 3,
     };
     let to_daemon = [
@@ -145,7 +160,14 @@ fn local_messages() -> Vec<Vec<u8>> {
     let from_daemon = [
         FromDaemon::Welcome { version: 1, node: "host".into(), ticket: [7; 16] },
         FromDaemon::Denied { detail: "no".into() },
-        FromDaemon::Deliver(Deliver { delivery: 1, client, guest: true, home: 0x1234_5678, moves: 2 }),
+        FromDaemon::Deliver(Deliver {
+            delivery: 1,
+            client,
+            guest: true,
+            home: 3,
+            moves: 2,
+            tls: Some(tls()),
+        }),
         FromDaemon::Nothing,
     ];
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
@@ -188,6 +210,53 @@ fn packets() -> Vec<Vec<u8>> {
     ]
 }
 
+/// For each suite: its number among those of the target, a byte of secret, then what is to be opened.
+fn tls_records() -> Vec<Vec<u8>> {
+    (0..6)
+        .map(|number| {
+            let (version, cipher) = TLS_SUITES[usize::from(number)];
+            let suite = Suite::of(version, cipher).expect("a suite");
+            let direction = match version {
+                Version::Tls13 => Direction::from_secret(suite, &vec![7; suite.hash_len()]).expect("keys"),
+                Version::Tls12 => {
+                    let [client, _] =
+                        Direction::from_master(suite, &[7; 48], &[7; 32], &[7; 32]).expect("keys");
+                    client
+                }
+            };
+            let mut sealer = Sealer::new(suite, direction);
+            let mut bytes = vec![number, 7];
+            for (content, data) in
+                [(Content::Data, b"GET / HTTP/1.1\r\n\r\n".as_slice()), (Content::Alert, &[1, 0])]
+            {
+                sealer.seal(content, data, &mut bytes).expect("sealed");
+            }
+            bytes
+        })
+        .collect()
+}
+
+/// As in `fuzz_targets/tls_record.rs`.
+const TLS_SUITES: [(Version, u16); 6] = [
+    (Version::Tls13, 0x1301),
+    (Version::Tls13, 0x1302),
+    (Version::Tls13, 0x1303),
+    (Version::Tls12, 0xc02f),
+    (Version::Tls12, 0xc030),
+    (Version::Tls12, 0xcca8),
+];
+
+/// Lines of a keylog.
+const KEYLOG: [&str; 2] = [
+    "CLIENT_TRAFFIC_SECRET_0 a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0 \
+     0102030405060708090a0b0c0d0e0f10",
+    "CLIENT_RANDOM a0 00",
+];
+
+fn keylog() -> impl Iterator<Item = Vec<u8>> {
+    KEYLOG.iter().map(|line| [&[6, 0], line.as_bytes()].concat())
+}
+
 /// The world, then what happens: always the first thing that can, but for one mishap.
 fn handoffs() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
@@ -215,6 +284,7 @@ fn main() {
         ("pool", with(&[], &POOLS)),
         ("packet", packets()),
         ("handoff", handoffs()),
+        ("tls_record", tls_records().into_iter().chain(keylog()).collect()),
     ];
     for (target, seeds) in all {
         let directory = Path::new("seeds").join(target);

@@ -53,7 +53,7 @@ fn late(to: SocketAddr, data: &[u8]) -> Vec<u8> {
         SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 40000)),
     };
     let tcp = TcpState { snd_seq: 7, rcv_seq: u32::MAX - 5, sent: vec![0; 9], ..TcpState::default() };
-    let record = ConnRecord { client, local: to, tcp, buffers: Buffers::default() };
+    let record = ConnRecord { client, local: to, tcp, buffers: Buffers::default(), tls: None };
     let (fin, data) = data.split_first().map_or((false, data), |(first, rest)| (first & 1 == 1, rest));
     let packet = late_segment(&record, to, &Late { data: data.to_vec(), fin });
     assert_eq!(acknowledgement(&packet), Some(u32::MAX - 1));

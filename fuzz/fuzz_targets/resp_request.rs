@@ -20,7 +20,10 @@ fuzz_target!(|data: &[u8]| -> Corpus {
     let size = |n: u8| if n < 250 { usize::from(n) + 1 } else { 20_000 };
     let away = |c: &resp::Command| c.slot.is_some_and(|slot| slot % 2 == 1);
     let whole = [usize::MAX / 2];
-    for (arrivals, wants) in [(whole.to_vec(), whole.to_vec()), (vec![size(a), size(b), size(c), size(d)], vec![size(e), size(f), size(g), size(h)])] {
+    for (arrivals, wants) in [
+        (whole.to_vec(), whole.to_vec()),
+        (vec![size(a), size(b), size(c), size(d)], vec![size(e), size(f), size(g), size(h)]),
+    ] {
         let reading = reader::read(stream, &arrivals, &wants, away);
         let mut ends = vec![0];
         while let Some(n) = oracle::command(&stream[ends[ends.len() - 1]..]) {

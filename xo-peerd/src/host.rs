@@ -11,6 +11,7 @@ use xo_proto::handoff::{Host, HostAction, HostEvent, HostState, LIMITS, TargetEv
 use xo_proto::ipc::{Destination, Offload};
 use xo_proto::reason::Reason;
 use xo_proto::slot;
+use xo_proto::tls::TlsState;
 use xo_proto::wire::{Handed, HandoffId, Home, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair::{self, Ends};
@@ -62,6 +63,8 @@ pub(crate) struct HostFlow {
     /// Peer address of the target's daemon; `None`: it is a home, which dials itself.
     pub(crate) address: Option<SocketAddr>,
     handler: String,
+    /// Its TLS, if it has any.
+    tls: Option<TlsState>,
     /// For a guest that moves on or goes home: what it is here, and whose.
     pub(crate) guest: Option<(ServedKey, Home)>,
     /// The address that the client talks to, in its home.
@@ -103,6 +106,7 @@ impl HostFlow {
             target,
             address,
             handler: String::new(),
+            tls: None,
             guest: None,
             public: ends.local,
             moves: 0,
@@ -163,6 +167,7 @@ impl Engine {
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
         flow.handler = offload.handler;
+        flow.tls = offload.tls;
         flow.moves = offload.moves.saturating_add(1);
         flow.socket = Some(socket);
         flow.verdict = Some((slots, offload.slot, offload.generation));
@@ -218,6 +223,13 @@ impl Engine {
         let hello = theirs.as_ref().and_then(|p| p.hello.as_ref());
         if hello.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
             return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
+        }
+        // Whoever has the secrets can read all that was ever said under them.
+        let is_home = || flow.guest.as_ref().is_some_and(|(_, home)| home.node == flow.target);
+        let is_named = || self.policy.is_none() || self.targets.is_in_policy(&flow.target);
+        let is_secure = theirs.as_ref().is_some_and(|p| p.is_secure());
+        if flow.tls.is_some() && !(is_secure && (is_home() || is_named())) {
+            return self.host_event(id, HostEvent::Hopeless(Reason::TlsInsecure));
         }
         let mut early = self.config.handoff.order == Order::Early;
         if let Some(peer) = theirs.filter(|p| early && !p.is_proven()) {

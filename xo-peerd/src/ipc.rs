@@ -11,6 +11,7 @@ use xo_proto::ipc::{FromDaemon, Query, ToDaemon, VERSION};
 use xo_proto::slot;
 use xo_sys::fdpass;
 use xo_sys::slots::SlotTable;
+use zeroize::Zeroize;
 
 use crate::acceptor::Channel;
 use crate::engine::Engine;
@@ -75,7 +76,11 @@ impl Library {
 pub(crate) fn send(socket: RawFd, message: &FromDaemon, fds: &[RawFd]) -> io::Result<()> {
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let n = encode_local(message, &mut buffer).map_err(|e| io::Error::new(ErrorKind::InvalidInput, e))?;
-    fdpass::send(socket, &buffer[..n], fds, libc::MSG_DONTWAIT)
+    let result = fdpass::send(socket, &buffer[..n], fds, libc::MSG_DONTWAIT);
+    if message.has_secrets() {
+        buffer[..n].zeroize();
+    }
+    result
 }
 
 impl Engine {
@@ -88,7 +93,11 @@ impl Engine {
                 Ok((0, _)) => return self.library_gone(index, "gone"),
                 Ok((n, fds)) => {
                     let fds = fds.map(|fd| fd.map(OwnedFd::from));
-                    let result = match decode_local::<ToDaemon>(&buffer[..n]) {
+                    let decoded = decode_local::<ToDaemon>(&buffer[..n]);
+                    if decoded.as_ref().is_ok_and(ToDaemon::has_secrets) {
+                        buffer[..n].zeroize();
+                    }
+                    let result = match decoded {
                         Ok(message) => self.on_library_message(index, message, fds),
                         Err(e) => Err(e.to_string()),
                     };

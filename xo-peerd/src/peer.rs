@@ -9,6 +9,7 @@ use rustls::Connection;
 use xo_proto::frame::{FrameError, decode_peer, encode_peer};
 use xo_proto::handoff::LIMITS;
 use xo_proto::wire::{HandoffId, Hello, MAGIC, PeerMessage, Ping, VERSION};
+use zeroize::Zeroize;
 
 use crate::clock::now_ns;
 use crate::tls;
@@ -117,6 +118,11 @@ impl Peer {
         self.hello.as_ref().is_some_and(|h| h.node == name)
     }
 
+    /// Is what is sent to it encrypted, and its certificate that of the node that it says it is?
+    pub(crate) fn is_secure(&self) -> bool {
+        self.tls.is_some() && self.usable()
+    }
+
     /// Ready for hand-offs?
     pub(crate) fn usable(&self) -> bool {
         self.hello.is_some()
@@ -172,6 +178,9 @@ impl Peer {
         self.scratch.clear();
         encode_peer(message, &mut self.scratch)?;
         tls.writer().write_all(&self.scratch)?;
+        if message.has_secrets() {
+            self.scratch.zeroize();
+        }
         Ok(())
     }
 
@@ -211,15 +220,19 @@ impl Peer {
     pub(crate) fn readable(&mut self, messages: &mut Vec<PeerMessage>) -> Result<(), PeerError> {
         let end = self.fill();
         self.heard = Instant::now();
-        let mut used = 0;
+        let (mut used, mut secret) = (0, false);
         while let Some((message, n)) = decode_peer::<PeerMessage>(&self.input[used..])? {
             used += n;
+            secret |= message.has_secrets();
             match (message, &self.hello) {
                 (PeerMessage::Hello(hello), None) => self.greet(hello)?,
                 (PeerMessage::Hello(_), Some(_)) => return Err(PeerError::Hello("a second hello".into())),
                 (_, None) => return Err(PeerError::Hello("a message before the hello".into())),
                 (message, Some(_)) => messages.push(message),
             }
+        }
+        if secret {
+            self.input[..used].zeroize();
         }
         self.input.drain(..used);
         if self.input.is_empty() && self.input.capacity() > 4 * READ {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use xo_bpf_abi::FlowKey;
 use xo_proto::conn::ConnRecord;
 use xo_proto::reason::Reason;
+use xo_proto::tls::TlsState;
 use xo_proto::wire::{BeginOffload, HandoffId, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
 
@@ -15,6 +16,8 @@ use crate::engine::{Engine, ServedKey};
 use crate::exec::Reserve;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
+/// Whether the library in a target's server has a record layer of its own for a connection that comes with TLS.
+const SERVES_TLS: bool = false;
 /// Ports tried for the end of a detour.
 const PORTS: std::ops::Range<u16> = 32_768..61_000;
 /// Sockets, or ports, tried before giving up.
@@ -53,12 +56,29 @@ impl Engine {
         if !begin.record.tcp.unsent.is_empty() {
             return Err(Reason::NotClean);
         }
+        if let Some(tls) = &begin.record.tls {
+            self.takes_tls(key, tls, &begin.record.tcp.received)?;
+        }
         self.plan(key, &begin).and_then(|plan| self.carry_out(key, &begin, plan)).map_err(|(reason, text)| {
             if let Some(served) = self.served.get_mut(key) {
                 served.refusal = text;
             }
             reason
         })
+    }
+
+    /// A connection with TLS: can it be served here? Its client would lose it by a state that does not fit.
+    fn takes_tls(&mut self, key: &ServedKey, tls: &TlsState, received: &[u8]) -> Result<(), Reason> {
+        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        if let Err(e) = tls.fits(received) {
+            served.refusal = e.to_string();
+            return Err(Reason::TlsState);
+        }
+        served.tls = Some(tls.clone());
+        if !SERVES_TLS {
+            return Err(Reason::TlsUnsupported);
+        }
+        Ok(())
     }
 
     fn plan(&mut self, key: &ServedKey, begin: &BeginOffload) -> Result<Plan, Refusal> {

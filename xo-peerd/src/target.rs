@@ -9,6 +9,7 @@ use xo_proto::board::node_id;
 use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
+use xo_proto::tls::TlsState;
 use xo_proto::wire::{BeginOffload, Handed, HandoffId, HostReady, PeerMessage, Query, Refuse, TargetReady};
 use xo_sys::tcp_repair::{self, Repaired};
 
@@ -40,6 +41,8 @@ pub(crate) struct Served {
     /// Moves on behalf of the request that waits in it.
     pub(crate) moves: u8,
     pub(crate) begin: Option<Box<BeginOffload>>,
+    /// Its TLS, if it has any, until the process has it that accepts the connection.
+    pub(crate) tls: Option<TlsState>,
     pub(crate) restored: Option<Repaired>,
     /// Early order: a duplicate of the live socket, until the host has confirmed.
     kept: Option<OwnedFd>,
@@ -95,6 +98,7 @@ impl Served {
             parked: Vec::new(),
             moves: 0,
             begin: None,
+            tls: None,
             restored: None,
             kept: None,
             answers: 0,
@@ -124,7 +128,8 @@ impl Served {
     /// What is said with it to the process that accepts it.
     pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
         let home = node_id(&self.origin.node);
-        Deliver { delivery, client: self.client, guest: !self.origin.here, home, moves: self.moves }
+        let guest = !self.origin.here;
+        Deliver { delivery, client: self.client, guest, home, moves: self.moves, tls: self.tls.clone() }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.

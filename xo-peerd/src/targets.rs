@@ -130,6 +130,11 @@ impl Targets {
         self.board.one_leaves(node_id(own));
     }
 
+    /// Is the machine one of the daemon's policy?
+    pub(crate) fn is_in_policy(&self, node: &str) -> bool {
+        self.known.get(node).is_some_and(|k| k.in_policy)
+    }
+
     /// Is a connection to its daemon to be kept?
     pub(crate) fn keeps(&self, node: &str) -> bool {
         self.known.get(node).is_some_and(|k| k.in_policy || k.wanted.elapsed() < WANTED)

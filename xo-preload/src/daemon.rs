@@ -18,6 +18,7 @@ use xo_sys::board::Board;
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
+use zeroize::Zeroize;
 
 use crate::{alone, conn, poll, register};
 
@@ -296,8 +297,11 @@ pub(crate) fn offload(
         slots.clear(slot);
         return Err(Reason::NoTarget);
     };
-    let bytes = buffer.get(..n).unwrap_or_default();
-    match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
+    let sent = fdpass::send(self::fd(), buffer.get(..n).unwrap_or_default(), &[fd], libc::MSG_DONTWAIT);
+    if message.has_secrets() {
+        buffer.zeroize();
+    }
+    match sent {
         Ok(()) => {
             poll::look_after_daemon();
             Ok(())
@@ -394,6 +398,7 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
 }
 
 /// What a registration's channel gives.
+#[expect(clippy::large_enum_variant, reason = "it lives on the stack for the time of an accept")]
 pub(crate) enum Delivery {
     /// A restored connection.
     One(Deliver, Fd),

@@ -36,3 +36,4 @@ mod poll;
 mod redis;
 mod register;
 mod spawn;
+mod tls;

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use bincode::{Decode, Encode};
 
+use crate::tls::TlsState;
+
 /// A TCP connection between two request boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct ConnRecord {
@@ -16,6 +18,8 @@ pub struct ConnRecord {
     pub tcp: TcpState,
     /// Sizes of its buffers.
     pub buffers: Buffers,
+    /// Its TLS, if it has any: `tcp.received` then begins with the next record of the client.
+    pub tls: Option<TlsState>,
 }
 
 impl TcpState {

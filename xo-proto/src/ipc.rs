@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use bincode::{Decode, Encode};
 
 use crate::reason::Reason;
+use crate::tls::TlsState;
 
 /// Version of this interface; library and daemon of different versions part at once.
 pub const VERSION: u16 = 4;
@@ -15,6 +16,10 @@ pub const VERSION: u16 = 4;
 pub type Ticket = [u8; 16];
 
 /// Library to daemon.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives on the stack from the socket to its handling; a box would be an allocation for each"
+)]
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum ToDaemon {
     /// First message.
@@ -53,6 +58,14 @@ pub enum ToDaemon {
     Query(Query),
 }
 
+impl ToDaemon {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, ToDaemon::Offload(offload) if offload.tls.is_some())
+    }
+}
+
 /// What an operator may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum Query {
@@ -84,6 +97,8 @@ pub struct Offload {
     pub handler: String,
     /// Moves so far on behalf of the request at hand.
     pub moves: u8,
+    /// The connection's TLS, if it has any.
+    pub tls: Option<TlsState>,
     /// `CLOCK_MONOTONIC` when the policy had decided, ns.
     pub decided_ns: u64,
 }
@@ -103,6 +118,10 @@ pub enum Destination {
 }
 
 /// Daemon to library.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives on the stack from the socket to its handling; a box would be an allocation for each"
+)]
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum FromDaemon {
     /// Answer to `Hello`. Carries the slot table and the board (memfds).
@@ -125,6 +144,14 @@ pub enum FromDaemon {
     Nothing,
 }
 
+impl FromDaemon {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, FromDaemon::Deliver(deliver) if deliver.tls.is_some())
+    }
+}
+
 /// A connection for this process to accept.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Deliver {
@@ -138,6 +165,8 @@ pub struct Deliver {
     pub home: u64,
     /// Moves so far on behalf of the request that waits in it.
     pub moves: u8,
+    /// Its TLS, if it has any: what can be read from the descriptor is records.
+    pub tls: Option<TlsState>,
 }
 
 /// Outcome of an [`Offload`], kept in the slot.

@@ -20,4 +20,5 @@ pub mod protocol;
 pub mod reason;
 pub mod resp;
 pub mod slot;
+pub mod tls;
 pub mod wire;

@@ -88,10 +88,36 @@ pub enum Reason {
     NoWorker,
     /// All workers of the target's pool have as many connections as they can hold.
     PoolFull,
+    /// The target cannot serve a TLS connection.
+    TlsUnsupported,
+    /// The channel to the target's daemon is not encrypted, or the target is not in this daemon's policy: it must not have a
+    /// connection's secrets.
+    TlsInsecure,
+    /// The target could not read the first record with the state that it was given.
+    TlsState,
+    /// The server's TLS is not OpenSSL's, of version 3.0 or later, or cannot be seen (statically linked, not through sockets); the
+    /// connection is left alone for the rest of its life.
+    TlsLibrary,
+    /// The version of TLS or the cipher suite cannot travel; the connection is left alone.
+    TlsSuite,
+    /// Another protocol than HTTP/1.1 was agreed on (HTTP/2 ...); the connection is left alone.
+    TlsAlpn,
+    /// The server asks for the client's certificate; the connection is left alone.
+    TlsClientCert,
+    /// The client has sent data before the handshake was over; the connection is left alone.
+    TlsEarlyData,
+    /// A second handshake on the connection; it is left alone from here on.
+    TlsRenegotiation,
+    /// OpenSSL has given the connection's records to the kernel (kTLS); it is left alone.
+    TlsKernel,
+    /// OpenSSL holds bytes of the next request already; the connection is left alone from here on.
+    TlsPending,
+    /// The connection's records could not be followed; it is left alone from here on.
+    TlsLost,
 }
 
 /// Number of reasons.
-pub const REASONS: usize = Reason::PoolFull as usize + 1;
+pub const REASONS: usize = Reason::TlsLost as usize + 1;
 
 /// All reasons, in the order of their numbers.
 pub const ALL: [Reason; REASONS] = {
@@ -138,6 +164,18 @@ pub const ALL: [Reason; REASONS] = {
         UnknownCommand,
         NoWorker,
         PoolFull,
+        TlsUnsupported,
+        TlsInsecure,
+        TlsState,
+        TlsLibrary,
+        TlsSuite,
+        TlsAlpn,
+        TlsClientCert,
+        TlsEarlyData,
+        TlsRenegotiation,
+        TlsKernel,
+        TlsPending,
+        TlsLost,
     ]
 };
 
@@ -188,6 +226,18 @@ impl Reason {
             UnknownCommand => "unknown_command",
             NoWorker => "no_worker",
             PoolFull => "pool_full",
+            TlsUnsupported => "tls_unsupported",
+            TlsInsecure => "tls_insecure",
+            TlsState => "tls_state",
+            TlsLibrary => "tls_library",
+            TlsSuite => "tls_suite",
+            TlsAlpn => "tls_alpn",
+            TlsClientCert => "tls_client_cert",
+            TlsEarlyData => "tls_early_data",
+            TlsRenegotiation => "tls_renegotiation",
+            TlsKernel => "tls_kernel",
+            TlsPending => "tls_pending",
+            TlsLost => "tls_lost",
         }
     }
 }

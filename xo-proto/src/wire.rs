@@ -55,6 +55,14 @@ pub enum PeerMessage {
     Recall(Vec<String>),
 }
 
+impl PeerMessage {
+    /// Must its bytes be overwritten once they have been used?
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        matches!(self, PeerMessage::BeginOffload(begin) if begin.record.tls.is_some())
+    }
+}
+
 /// Who is speaking.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Hello {

@@ -169,6 +169,7 @@ pub(super) fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
     match result {
         Ok(mut record) => {
             record.local = flow.public;
+            record.tls = flow.tls.clone();
             flow.record = Some(Box::new(record));
             Ok(())
         }

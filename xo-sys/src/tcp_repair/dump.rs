@@ -82,7 +82,7 @@ fn dump_whatever(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, Rep
     })?;
     let record = state(fd, &info, limit).and_then(|tcp| {
         let buffers = buffers(fd).step("SO_MEMINFO", Reason::DumpFailed)?;
-        Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers })
+        Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers, tls: None })
     });
     if record.is_err() {
         let _ = resume(fd);
