@@ -13,6 +13,7 @@ use xo_bpf_abi::{Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, H
 
 use crate::count::{add, count};
 use crate::packet::{ACK, Direction, FIN, NoFlow, Packet, RST, SYN, parse, rewrite};
+use crate::quote;
 
 /// Longest packet that is held, bytes from the network header on: a full aggregate. A power of two, so that
 /// a mask can prove the bound to the verifier.
@@ -44,6 +45,7 @@ pub fn xo_ingress(ctx: TcContext) -> i32 {
             count(Path::Unparsed);
             TC_ACT_UNSPEC
         }
+        Err(NoFlow::Icmp(ip)) => quote::steer(&ctx, ip),
         Err(NoFlow::Foreign) => TC_ACT_UNSPEC,
     }
 }
@@ -83,16 +85,37 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         count(if kept { Path::Held } else { Path::HoldDropped });
         return TC_ACT_SHOT;
     }
-    let (to, port) = (entry.to_addr, entry.to_port);
-    if rewrite(ctx, packet, Direction::FromClient, &to, port).is_err() {
+    let (to, port, away) = (entry.to_addr, entry.to_port, entry.action == Action::Redirect as u32);
+    let Some(hops) = hops_left(packet.hops, away) else {
+        count(Path::Expired);
+        return TC_ACT_SHOT;
+    };
+    if rewrite(ctx, packet, Direction::FromClient, &to, port, hops).is_err() {
         count(Path::RedirectFailed);
         return TC_ACT_SHOT;
     }
-    if entry.action == Action::Deliver as u32 {
+    if !away {
         count(Path::Delivered);
         return TC_ACT_UNSPEC;
     }
     count(Path::Redirected);
+    send_on(ctx)
+}
+
+/// The time to live with which a packet goes on: one less if it goes to another machine, as at any router, so that nothing can
+/// circle for ever. The local stack would not say "time exceeded" of what is addressed to it: none left, no packet.
+#[inline(always)]
+pub fn hops_left(hops: u8, away: bool) -> Option<u8> {
+    match (away, hops) {
+        (false, _) => Some(hops),
+        (true, 0 | 1) => None,
+        (true, _) => Some(hops - 1),
+    }
+}
+
+/// Sends the packet where its new destination is.
+#[inline(always)]
+pub fn send_on(ctx: &TcContext) -> i32 {
     // SAFETY: no pointer is passed: the kernel resolves route and neighbour from the packet.
     unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }

@@ -157,10 +157,17 @@ pub enum Path {
     Delivered = 10,
     /// Egress: a RST for a connection that has left this machine; dropped.
     Muted = 11,
+    /// Ingress: of a redirected flow, but without time to live for one more hop; dropped.
+    Expired = 12,
+    /// Ingress: an ICMP error about a packet of a redirected or delivered flow; rewritten, and sent or passed to where the
+    /// connection is.
+    QuoteSteered = 13,
+    /// Ingress: an ICMP error about a packet of a held flow; passed to the local stack, where the connection still is.
+    QuotePassed = 14,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 12;
+pub const PATHS: u32 = 15;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -176,6 +183,9 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "rewrite_failed",
     "delivered",
     "muted",
+    "expired",
+    "quote_steered",
+    "quote_passed",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);

@@ -17,6 +17,11 @@ fn ingress_passes_and_redirects() {
 }
 
 #[test]
+fn errors_go_where_the_connection_is() {
+    fixture::run(Hook::Ingress, include_str!("tests/quote.toml"));
+}
+
+#[test]
 fn ingress_holds() {
     fixture::run(Hook::Ingress, include_str!("tests/hold.toml"));
 }

@@ -101,8 +101,8 @@ fn a_redirected_packet_leaves_for_the_next_hop_with_its_offloads() {
         tap.steer.hold(&v6(), 6, 0).expect("an entry");
         tap.steer.redirect(&v6(), 6, (0, 1), address("[fd00:3::2]:8080")).expect("the flip");
         let ips = [
-            ("v4 192.0.2.7 > 10.2.0.2 ttl=9", "v4 192.0.2.7 > 10.3.0.2 ttl=9"),
-            ("v6 2001:db8::7 > fd00:2::2 hops=9", "v6 2001:db8::7 > fd00:3::2 hops=9"),
+            ("v4 192.0.2.7 > 10.2.0.2 ttl=9", "v4 192.0.2.7 > 10.3.0.2 ttl=8"),
+            ("v6 2001:db8::7 > fd00:2::2 hops=9", "v6 2001:db8::7 > fd00:3::2 hops=8"),
         ];
         for (before, after) in ips {
             // Whole checksum; checksum left to the NIC; aggregate.
@@ -166,7 +166,7 @@ fn one_tag_is_steered_and_two_are_not() {
         let mut tap = Tap::up();
         let tags =
             |tags: &str, to: &str| frame(&format!("eth | {tags} | v4 192.0.2.7 > {to} PA | \"hello\""));
-        let (host, target) = ("10.2.0.2 | tcp 40000 > 80", "10.3.0.2 | tcp 40000 > 8080");
+        let (host, target) = ("10.2.0.2 | tcp 40000 > 80", "10.3.0.2 ttl=63 | tcp 40000 > 8080");
         let two = ["vlan 5 | vlan 6", "qinq 5 | vlan 6", "vlan 5 | qinq 6", "qinq 5 | vlan 6 | vlan 7"];
         tap.steer.hold(&v4(), 7, 0).expect("an entry");
         for one in ["vlan 5", "qinq 5"] {

@@ -141,14 +141,18 @@ fn checksums_are_right_for_all_addresses() {
         let version = if v6 { "v6" } else { "v4" };
         let tcp = format!("A seq={} ack={}", numbers.next() as u32, numbers.next() as u32);
         let ingress = round % 4 < 2;
-        let layers = |end: IpAddr, end_port: u16| {
+        // Whole words of the header change by it. What goes out keeps it.
+        let hops = 2 + numbers.next() % 254;
+        let layers = |end: IpAddr, end_port: u16, hops: u64| {
+            let hops = format!("{}={hops}", if v6 { "hops" } else { "ttl" });
             if ingress {
-                format!("eth | {version} {client} > {end} | tcp {client_port} > {end_port} {tcp}")
+                format!("eth | {version} {client} > {end} {hops} | tcp {client_port} > {end_port} {tcp}")
             } else {
-                format!("eth | {version} {end} > {client} | tcp {end_port} > {client_port} {tcp}")
+                format!("eth | {version} {end} > {client} {hops} | tcp {end_port} > {client_port} {tcp}")
             }
         };
-        let (mut before, mut after) = (layers(local, local_port), layers(other, port));
+        let (mut before, mut after) =
+            (layers(local, local_port, hops), layers(other, port, hops - u64::from(ingress)));
         match round % 12 {
             // The same window, or the frames would differ in it.
             0..4 => {
