@@ -4,7 +4,9 @@
 //! this machine: a router that sees a packet with an address of its own come in takes it for a forgery.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_l3_csum_replace, bpf_skb_store_bytes};
+use aya_ebpf::helpers::generated::{
+    bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_skb_store_bytes,
+};
 use aya_ebpf::programs::TcContext;
 use xo_bpf_abi::{Action, FlowKey, Path};
 
@@ -86,7 +88,8 @@ pub fn steer(ctx: &TcContext, ip: usize) -> i32 {
         return TC_ACT_SHOT;
     }
     count(Path::QuoteSteered);
-    if away { send_on(ctx) } else { TC_ACT_UNSPEC }
+    // SAFETY: no arguments.
+    if away { send_on(ctx, &to, unsafe { bpf_ktime_get_ns() }) } else { TC_ACT_UNSPEC }
 }
 
 #[inline(always)]

@@ -50,6 +50,7 @@ const IPC_LISTENER: Token = Token(0);
 const PEER_LISTENER: Token = Token(4);
 const SIGNALS: Token = Token(8);
 const WAKER: Token = Token(12);
+const ROUTES: Token = Token(16);
 const KIND_LIBRARY: usize = 1;
 const KIND_PEER: usize = 2;
 const KIND_ACCEPTOR: usize = 3;
@@ -196,6 +197,7 @@ impl Engine {
         )?;
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.steer.routes_fd()), ROUTES, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
@@ -300,6 +302,7 @@ impl Engine {
             PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
+            ROUTES => self.steer.routes_changed(),
             Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
             Token(t) if t & 3 == KIND_PEER => self.peer_ready(t >> 2, event.is_writable()),
             Token(t) if t & 3 == KIND_ACCEPTOR => self.acceptor_ready(t >> 2, event.is_read_closed()),
@@ -362,6 +365,7 @@ impl Engine {
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
+            self.steer.refresh_ways();
         }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;

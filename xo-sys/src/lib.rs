@@ -7,6 +7,7 @@ pub mod fdpass;
 pub mod probe;
 pub mod raw;
 pub mod replay;
+pub mod route;
 pub mod slots;
 pub mod sock_diag;
 pub mod tcp_repair;

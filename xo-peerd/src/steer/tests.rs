@@ -2,12 +2,14 @@
 //! only a real interface shows.
 
 mod bench;
+mod cost;
 mod fixture;
 mod frame;
 mod live;
 mod maps;
 mod sweep;
 mod tap;
+mod veth;
 
 use bench::Hook;
 

@@ -56,6 +56,16 @@ pub(super) fn valid(packet: &[u8]) -> bool {
     }
 }
 
+/// A receiver's check of an ICMP error, from its network header on: its own checksums, those of its IP header, and of the
+/// quoted one.
+pub(super) fn valid_error(packet: &[u8]) -> bool {
+    if packet[0] >> 4 == 4 {
+        sum(&packet[..20]) == 0xffff && sum(&packet[20..]) == 0xffff && sum(&packet[28..48]) == 0xffff
+    } else {
+        pseudo_sum(&packet[8..40], ICMP6, &packet[40..]) == 0xffff
+    }
+}
+
 /// Whether the TCP checksum is one that the NIC shall complete, and the header checksum right.
 pub(super) fn left_to_nic(packet: &[u8]) -> bool {
     let (tcp, addresses) = if packet[0] >> 4 == 4 {
