@@ -87,7 +87,7 @@ pub(super) struct Sender<'f> {
 }
 
 impl<'f> Sender<'f> {
-    pub(super) fn new(_: &Veth, frame: &'f [u8]) -> Sender<'f> {
+    pub(super) fn new(frame: &'f [u8]) -> Sender<'f> {
         // SAFETY: numbers only.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
