@@ -51,6 +51,7 @@ const IPC_LISTENER: Token = Token(0);
 const PEER_LISTENER: Token = Token(1 << KIND_BITS);
 const SIGNALS: Token = Token(2 << KIND_BITS);
 const WAKER: Token = Token(3 << KIND_BITS);
+const ROUTES: Token = Token(4 << KIND_BITS);
 /// The lowest bits of a token: what it is. The others: which.
 const KIND_BITS: u32 = 3;
 const KINDS: usize = (1 << KIND_BITS) - 1;
@@ -219,6 +220,7 @@ impl Engine {
         }
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.steer.routes_fd()), ROUTES, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
@@ -324,6 +326,7 @@ impl Engine {
             PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
+            ROUTES => self.steer.routes_changed(),
             Token(t) => {
                 let index = t >> KIND_BITS;
                 match t & KINDS {
@@ -397,6 +400,7 @@ impl Engine {
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
+            self.steer.refresh_ways();
         }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;

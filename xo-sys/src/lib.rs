@@ -8,6 +8,7 @@ pub mod ktls;
 pub mod probe;
 pub mod raw;
 pub mod replay;
+pub mod route;
 pub mod slots;
 pub mod sock_diag;
 pub mod tcp_repair;
