@@ -305,16 +305,15 @@ fn journey(
 fn a_connection_goes_on_in_another_machines_kernel_and_the_client_notices_nothing() {
     let stage = Stage::new();
     for (i, one) in SUITES.into_iter().enumerate() {
-        // A whole record, and one that is cut in its head or in its middle.
-        for cut in [0, if i % 2 == 0 { 3 } else { 17 }] {
-            let begun = Instant::now();
-            let before = Counters::of(&stage.bed);
-            journey(&stage, one, cut);
-            let counted = Counters::of(&stage.bed).since(&before);
-            let about = format!("{:?} {:?}, cut at {cut}: {}", one.0, one.1, counted.troubles());
-            println!("{about} ({} ms)", begun.elapsed().as_millis());
-            assert_eq!((counted.resets(), counted.losses()), (0, 0), "{about}");
-        }
+        // A whole record, one that is cut in its head, one that is cut in its middle: each with either version.
+        let cut = [0, 3, 17][i % 3];
+        let begun = Instant::now();
+        let before = Counters::of(&stage.bed);
+        journey(&stage, one, cut);
+        let counted = Counters::of(&stage.bed).since(&before);
+        let about = format!("{:?} {:?}, cut at {cut}: {}", one.0, one.1, counted.troubles());
+        println!("{about} ({} ms)", begun.elapsed().as_millis());
+        assert_eq!((counted.resets(), counted.losses()), (0, 0), "{about}");
     }
 }
 

@@ -43,7 +43,7 @@ fn every_suite_can_be_had_in_kernel_tls() {
 
 #[test]
 #[ignore = "needs a kernel with cls_flower and netem: scripts/vm"]
-fn netem_loses_packets_and_flower_counts_and_drops_them() {
+fn netem_loses_packets_and_flower_drops_them_and_the_daemon_attaches_by_tcx() {
     let bed = Bed::up(1, 1);
     assert_eq!(answered(&bed, 20), 20);
 
@@ -66,6 +66,10 @@ fn netem_loses_packets_and_flower_counts_and_drops_them() {
     assert_eq!(packets, Some(20), "{shown:#}");
     run(&bed, "host", "tc filter del dev eth0 ingress");
     assert_eq!(answered(&bed, 20), 20);
+
+    let _peerd = bed.peerd("t1", &PeerdOptions::default());
+    let status = bed.try_status("t1").expect("a status");
+    assert_eq!(status["steering"]["mode"], "tcx", "{}", status["steering"]);
 }
 
 #[test]
@@ -77,13 +81,4 @@ fn tcp_repair_is_there() {
     tcp_repair::dump(client.as_raw_fd(), &ends, 1 << 20).expect("dump");
     assert!(tcp_repair::in_repair(client.as_raw_fd()));
     tcp_repair::resume(client.as_raw_fd()).expect("resume");
-}
-
-#[test]
-#[ignore = "for the kernel of scripts/vm"]
-fn the_daemon_attaches_by_tcx() {
-    let bed = Bed::up(1, 1);
-    let _peerd = bed.peerd("t1", &PeerdOptions::default());
-    let status = bed.try_status("t1").expect("a status");
-    assert_eq!(status["steering"]["mode"], "tcx", "{}", status["steering"]);
 }
