@@ -11,8 +11,8 @@ use xo_tests::{Bed, Connection, content};
 
 /// Both ends of the client's cable: what it sends, and what it gets.
 const CABLE: [(&str, &str); 2] = [("client", "eth0"), ("router", "r1")];
-const CONNECTIONS: usize = 6;
-const REQUESTS: usize = 16;
+const CONNECTIONS: usize = 3;
+const REQUESTS: usize = 20;
 
 /// Runs tc on a node; its words are separated by spaces.
 fn tc(bed: &Bed, node: &str, arguments: &str) -> String {
