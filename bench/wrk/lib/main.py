@@ -64,10 +64,10 @@ def main():
         begun = time.monotonic()
         parts[name] = (machine, PARTS[name].run(chosen.quick))
         print(f"{name}: {time.monotonic() - begun:.0f} s\n\n{PARTS[name].table(parts[name][1])}", flush=True)
-        if name == "rebalance":
-            rebalance.plot(parts[name][1], chosen.out.with_name("rebalance.svg"))
         # What is measured is kept, should a later part fail.
         write(chosen.out, machine, parts)
+        if name == "rebalance":
+            rebalance.plot(parts[name][1], chosen.out.with_name("rebalance.svg"))
     print(f"written: {chosen.out} and {chosen.out.with_suffix('.md')}")
 
 
