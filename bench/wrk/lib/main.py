@@ -67,7 +67,7 @@ def main():
         # What is measured is kept, should a later part fail.
         write(chosen.out, machine, parts)
         if name == "rebalance":
-            rebalance.plot(parts[name][1], chosen.out.with_name("rebalance.svg"))
+            rebalance.plot(chosen.out, chosen.out.with_name("rebalance.svg"))
     print(f"written: {chosen.out} and {chosen.out.with_suffix('.md')}")
 
 

@@ -5,6 +5,7 @@ its daemon reports; nobody but the policy moves anything.
 """
 
 import json
+import pathlib
 import subprocess
 import time
 
@@ -96,26 +97,10 @@ def run(quick):
     ]
 
 
-def plot(rows, path):
-    """Load of each target over time, as SVG."""
-    # Not at the top: only this part needs the package.
-    import matplotlib
-
-    matplotlib.use("svg")
-    # The same figures make the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "xo"
-    from matplotlib import pyplot
-
-    row = rows[0]
-    figure, axes = pyplot.subplots(figsize=(7, 3))
-    times = [at for at, _ in row["samples"]]
-    for target in sorted(row["samples"][0][1]):
-        axes.plot(times, [loads.get(target, 0) for _, loads in row["samples"]], label=target)
-    axes.axvline(row["leave_at_s"], color="grey", linestyle=":")
-    axes.set(xlabel="time, s", ylabel="connections served", ylim=(0, None))
-    axes.legend(ncols=len(row["loads_after"]), loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+def plot(results, path):
+    """Load of each target over time, as SVG; by the system's Python, for it has the package."""
+    program = pathlib.Path(__file__).with_name("rebalance_plot.py")
+    subprocess.run(["/usr/bin/python3", "-B", program, results, path], check=True)
 
 
 def table(rows):
