@@ -77,7 +77,7 @@ fn samples_by_channel() {
         let mut run = |moves: &[Move]| moves.iter().for_each(|m| world.step(*m));
         let to_target = Move::Deliver { channel: 0, end: 1 };
         let to_host = Move::Deliver { channel: 0, end: 0 };
-        run(&[Move::Ask { conn: 0, target: 1 }, to_target]);
+        run(&[Move::Ask { conn: 0, from: (0, Port::Public), target: 1 }, to_target]);
         run(&[Move::Break { channel: 0, end: 0, lost: false }, to_target, Move::Tick, Move::Tick]);
         run(&[Move::Dial { from: 0, to: 1 }, to_target, to_host]);
         run(&[Move::Stall { channel: 0, end: 1 }, Move::Stall { channel: 0, end: 0 }]);
