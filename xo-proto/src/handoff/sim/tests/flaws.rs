@@ -8,7 +8,8 @@ use super::*;
 
 /// The shortest way to go wrong.
 fn finds(setup: Setup, expected: Violation) {
-    let outcome = explore(World::new(setup), Some(expected));
+    let world = if setup.guests { World::offloaded(setup) } else { World::new(setup) };
+    let outcome = explore(world, Some(expected));
     let rules = setup.rules;
     let (violation, moves) =
         outcome.found.unwrap_or_else(|| panic!("not {expected} in {} states: {rules:?}", outcome.states));
@@ -93,4 +94,24 @@ fn samples_by_channel() {
 fn known_gaps() {
     finds(with(true, 1, |r| r.gap = Some(Gap::DiesUnconfirmed)), "two live ends");
     finds(with(false, 1, |r| r.gap = Some(Gap::SlowHandler)), "nowhere, and the client does not know");
+}
+
+/// What can be done wrongly where connections move on.
+#[test]
+fn flawed_moves() {
+    let onward = |faults, flaw| {
+        let mut setup = onward(true, faults);
+        setup.rules.flaw = Some(flaw);
+        setup
+    };
+    let packets = |setup| Setup { packets: 1, slow_packets: true, ..setup };
+    finds(onward(0, Flaw::NeverAcknowledgesMoves), NEVER_ENDS);
+    for flaw in [Flaw::TellsTooEarly, Flaw::NotesHomeFirst, Flaw::GivesDetoursUp] {
+        let outcome = explore(World::offloaded(onward(1, flaw)), None);
+        let (violation, moves) = outcome.found.unwrap_or_else(|| panic!("{flaw:?} is not found"));
+        println!("{flaw:?}: {violation} after {} states:\n{}", outcome.states, trace(&moves));
+    }
+    let mut hasty = packets(super::onward(true, 0));
+    hasty.rules.linger = hasty.rules.flight;
+    finds(hasty, "a packet meets a machine without the socket");
 }
