@@ -61,6 +61,19 @@ fn one_connection_goes_wherever_each_request_belongs() {
 /// Reads and uploads of all sizes, some of them several at a time; `number` is the connection's.
 /// When a daemon is away, a request may be served elsewhere: `anywhere`.
 fn wander(nodes: &[String], number: usize, requests: usize, anywhere: bool) -> std::io::Result<Vec<String>> {
+    let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
+    let mut c = Connection::to(&host, 80)?;
+    let own = c.stream().local_addr()?;
+    walk(&mut c, nodes, (number, requests), anywhere)
+        .map_err(|e| std::io::Error::new(e.kind(), format!("{own}: {e}")))
+}
+
+fn walk(
+    c: &mut Connection,
+    nodes: &[String],
+    (number, requests): (usize, usize),
+    anywhere: bool,
+) -> std::io::Result<Vec<String>> {
     let check = |place: &str, node: &str, path: &str| {
         if anywhere || place == node {
             Ok(())
@@ -68,8 +81,6 @@ fn wander(nodes: &[String], number: usize, requests: usize, anywhere: bool) -> s
             Err(std::io::Error::other(format!("{path} came from {node}")))
         }
     };
-    let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
-    let mut c = Connection::to(&host, 80)?;
     let mut uploads = Vec::new();
     let mut i = 0;
     while i < requests {
