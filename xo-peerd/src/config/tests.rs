@@ -76,6 +76,12 @@ fn what_is_not_said_has_its_default() {
 }
 
 #[test]
+fn a_window_that_is_not_carried_has_no_limit() {
+    let c = load(&format!("{BASE}[limits]\nmax_cwnd = 9\ncarry_cwnd = false\n"));
+    assert_eq!(c.handoff.carry, 0);
+}
+
+#[test]
 fn everything_that_can_be_said_is_taken_over() {
     let directory = Directory::new();
     let policy = directory.file("policy.toml", "listen = [80]\n");
@@ -137,8 +143,6 @@ hold_bytes = 131_072
     assert_eq!(c.handlers, [attach, exec]);
     assert_eq!((c.handoff.timeout, c.handoff.connect_timeout), (Duration::from_millis(250), Duration::ZERO));
     assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(7), 9));
-    let c = load(&format!("{BASE}[limits]\nmax_cwnd = 9\ncarry_cwnd = false\n"));
-    assert_eq!(c.handoff.carry, 0);
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (1, 131_072));
 }
 

@@ -309,7 +309,7 @@ fn a_socket_speaks_with_the_hosts_address() {
 
 /// Without the programs the stack answers; what they hold it never sees.
 #[test]
-fn a_held_packet_is_kept_from_the_stack_until_theprograms_go() {
+fn a_held_packet_is_kept_from_the_stack_until_the_programs_go() {
     alone(|| {
         let mut tap = Tap::up();
         assert!(["tcx", "clsact"].contains(&tap.steer.mode()));
