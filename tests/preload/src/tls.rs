@@ -226,7 +226,8 @@ impl Https {
     /// Another server with TLS, on port 443 of a node.
     ///
     /// # Panics
-    /// For nginx and Python, which have functions of their own; when it does not listen.
+    /// For nginx and Python, which have functions of their own, and lighttpd, whose module for TLS is another package; when it
+    /// does not listen.
     pub fn server(&self, kind: Kind, node: &str) -> Server {
         let d = self.bed.directory().display();
         let pair: String = ["rsa.pem", "rsa.key"]
@@ -241,10 +242,6 @@ impl Https {
                 assert!(text.contains(plain));
                 text.replace(plain, &format!("{plain} bind :::443 v4v6 ssl crt {both}\n"))
             }
-            Kind::Lighttpd => format!(
-                "{text}server.modules += (\"mod_openssl\")\n$SERVER[\"socket\"] == \":443\" {{\n\
-                 ssl.engine = \"enable\"\n ssl.pemfile = \"{both}\"\n}}\n"
-            ),
             Kind::ApacheEvent | Kind::ApachePrefork => {
                 let root = self.bed.root(node);
                 format!(
@@ -254,7 +251,7 @@ impl Https {
                     root.display()
                 )
             }
-            Kind::Nginx | Kind::Python => panic!("{kind:?} has a function of its own"),
+            Kind::Nginx | Kind::Python | Kind::Lighttpd => panic!("{kind:?} is not started here"),
         };
         let mut server = kind.start_with(&self.bed, node, |program| self.preloaded(node, program), edit);
         self.bed.wait_listening(node, 443, &mut server.program);

@@ -281,6 +281,11 @@ ssl_hooks! {
         result
     }
 
+    // A server that would take early data begins the handshake with it.
+    fn SSL_read_early_data(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
+        inside(ssl, || real(ssl, buffer, len, read))
+    }
+
     fn SSL_peek(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
         inside(ssl, || real(ssl, buffer, len))
     }
