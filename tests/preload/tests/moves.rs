@@ -59,30 +59,33 @@ fn one_connection_goes_wherever_each_request_belongs() {
     drop(programs);
 }
 
+/// What a connection that wanders about has to tell.
+#[derive(Default)]
+struct Walked {
+    /// Nodes that uploads were answered by, and their paths.
+    uploads: Vec<(String, String)>,
+    /// Requests that another node than their own has answered.
+    elsewhere: Vec<String>,
+}
+
+impl Walked {
+    fn note(&mut self, place: &str, node: &str, path: &str) {
+        if place != node {
+            self.elsewhere.push(format!("{path} by {node}"));
+        }
+    }
+}
+
 /// Reads and uploads of all sizes, some of them several at a time; `number` is the connection's.
-/// When a daemon is away, a request may be served elsewhere: `anywhere`.
-fn wander(nodes: &[String], number: usize, requests: usize, anywhere: bool) -> std::io::Result<Vec<String>> {
+fn wander(nodes: &[String], number: usize, requests: usize) -> std::io::Result<Walked> {
     let host = if number.is_multiple_of(2) { address("host") } else { address6("host") };
     let mut c = Connection::to(&host, 80)?;
     let own = c.stream().local_addr()?;
-    walk(&mut c, nodes, (number, requests), anywhere)
-        .map_err(|e| std::io::Error::new(e.kind(), format!("{own}: {e}")))
+    walk(&mut c, nodes, number, requests).map_err(|e| std::io::Error::new(e.kind(), format!("{own}: {e}")))
 }
 
-fn walk(
-    c: &mut Connection,
-    nodes: &[String],
-    (number, requests): (usize, usize),
-    anywhere: bool,
-) -> std::io::Result<Vec<String>> {
-    let check = |place: &str, node: &str, path: &str| {
-        if anywhere || place == node {
-            Ok(())
-        } else {
-            Err(std::io::Error::other(format!("{path} came from {node}")))
-        }
-    };
-    let mut uploads = Vec::new();
+fn walk(c: &mut Connection, nodes: &[String], number: usize, requests: usize) -> std::io::Result<Walked> {
+    let mut walked = Walked::default();
     let mut i = 0;
     while i < requests {
         let at = |i: usize| place(nodes, number, i);
@@ -94,49 +97,49 @@ fn walk(
                 let request = |p: &String| format!("GET {p} HTTP/1.1\r\nHost: xo.test\r\n\r\n");
                 c.send(paths.iter().map(request).collect::<String>().as_bytes())?;
                 for (i, path) in (i..).zip(&paths) {
-                    let response = c.object(path)?;
-                    check(&at(i), response.node(), path)?;
+                    walked.note(&at(i), c.object(path)?.node(), path);
                 }
                 i += 10;
             }
             1 => {
                 let path = format!("/up/{}/{number}-{i}-{name}", at(i));
                 let response = c.put(&path, &content::of(&path, size))?;
-                check(&at(i), response.node(), &path)?;
-                uploads.push(path);
+                walked.note(&at(i), response.node(), &path);
+                walked.uploads.push((response.node().to_owned(), path));
                 i += 1;
             }
             _ => {
                 let path = format!("/img/{}/{name}", at(i));
-                let response = c.get(&path)?;
-                check(&at(i), response.node(), &path)?;
+                walked.note(&at(i), c.get(&path)?.node(), &path);
                 i += 1;
             }
         }
     }
-    Ok(uploads)
+    Ok(walked)
 }
 
 #[test]
 fn hundreds_of_connections_go_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
-    let programs = bed.sharded();
+    let options = bed.sharded_options("");
     let nodes = bed.servers();
+    let daemons: Vec<_> = nodes.iter().map(|n| bed.peerd(n, &options)).collect();
+    let servers = bed.sharded_servers(true);
     let before = Counters::of(&bed);
     let clients: Vec<_> = (0..200)
         .map(|number| {
             let nodes = nodes.clone();
-            bed.spawn("client", move || wander(&nodes, number, 40, false))
+            bed.spawn("client", move || wander(&nodes, number, 40))
         })
         .collect();
-    let mut errors = Vec::new();
+    let (mut errors, mut elsewhere) = (Vec::new(), Vec::new());
     for (number, client) in clients.into_iter().enumerate() {
         match client.join().expect("no panic") {
-            Ok(uploads) => {
-                for path in uploads {
-                    let node = path.split('/').nth(2).unwrap_or_default();
+            Ok(walked) => {
+                elsewhere.extend(walked.elsewhere);
+                for (node, path) in walked.uploads {
                     let size = content::size_of(&path.replace('-', "/")).unwrap_or_default();
-                    let stored = std::fs::read(bed.root(node).join(&path[1..])).unwrap_or_default();
+                    let stored = std::fs::read(bed.root(&node).join(&path[1..])).unwrap_or_default();
                     if stored != content::of(&path, size) {
                         errors.push(format!("{path} is not what was sent"));
                     }
@@ -147,18 +150,25 @@ fn hundreds_of_connections_go_wherever_each_request_belongs() {
     }
     let counted = Counters::of(&bed).since(&before);
     println!("{}", counted.troubles());
+    let mut refused = 0;
     for node in &nodes {
         let status = bed.try_status(node).expect("a status");
-        println!("{node}: refused {} failed {}", status["refused_by_reason"], status["failed_by_reason"]);
+        refused += status["refused_total"].as_u64().expect("a number");
+        assert_eq!(status["failed_total"], 0, "{node}: {}", status["failed_by_reason"]);
+        println!("{node}: refused {}", status["refused_by_reason"]);
         println!(
             "{} out, {} on, {} home",
             status["offloads_total"], status["onward_total"], status["sent_home_total"]
         );
     }
     assert!(errors.is_empty(), "{} errors: {errors:#?}", errors.len());
+    // A connection that has something unsent at the moment, on a busy machine, stays for this request.
+    println!("served elsewhere: {elsewhere:#?}");
+    assert!(elsewhere.len() as u64 <= refused, "{refused} refused: {elsewhere:#?}");
+    assert!(refused <= 10, "{refused} of 8000 requests refused");
     no_reset(&bed, &counted);
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
-    drop(programs);
+    drop((daemons, servers));
 }
 
 /// Daemons are killed at random moments and started again, one after the other. Every request is answered, unless a daemon says
@@ -179,7 +189,7 @@ fn daemons_are_killed_while_connections_move() {
             bed.spawn("client", move || {
                 let (mut rounds, mut resets) = (0, Vec::new());
                 while !stop.load(Ordering::Relaxed) {
-                    match wander(&nodes, number, 100, true) {
+                    match wander(&nodes, number, 100) {
                         Ok(_) => rounds += 1,
                         Err(e) if e.kind() == ErrorKind::ConnectionReset => resets.push(e.to_string()),
                         Err(e) => panic!("{number}, round {rounds}: {e}"),
