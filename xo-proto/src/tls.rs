@@ -11,14 +11,18 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use zeroize::Zeroize;
 
+mod incoming;
 mod keylog;
 mod keys;
+mod outgoing;
 mod record;
 mod suite;
 #[cfg(test)]
 mod tests;
 
+pub use incoming::{Control, Incoming, alert, shorten};
 pub use keylog::{KeylogLine, Label, Secret};
+pub use outgoing::Outgoing;
 pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
@@ -115,6 +119,22 @@ impl TlsState {
     /// `Suite`.
     pub fn sealer(&self) -> Result<Sealer, TlsError> {
         Ok(Sealer::new(self.suite()?, self.sent.clone()))
+    }
+
+    /// The receiving half of a record layer that begins here.
+    ///
+    /// # Errors
+    /// `Suite`.
+    pub fn incoming(&self) -> Result<Incoming, TlsError> {
+        Ok(Incoming::new(self.suite()?, self.received.clone()))
+    }
+
+    /// The sending half.
+    ///
+    /// # Errors
+    /// `Suite`.
+    pub fn outgoing(&self) -> Result<Outgoing, TlsError> {
+        Ok(Outgoing::new(self.suite()?, self.sent.clone()))
     }
 
     /// Is `queue`, which begins with the next record of the client, what this state is for? A machine that is given a
