@@ -15,7 +15,7 @@ use xo_sys::{raw, tcp_repair};
 
 use crate::choose::{self, Chosen};
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, policy, poll, redis};
+use crate::{daemon, init, io, policy, poll, redis};
 
 /// Most HTTP heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -129,17 +129,17 @@ fn look_into<const SIZE: usize>(
             None => (small.as_mut_ptr().cast(), SIZE),
         };
         // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
-        let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
+        let at_once = nonblocking || end.is_some();
         // SAFETY: ours, or the server's own arguments of a read.
-        let n = match unsafe { raw::peek_at(fd, at, size, flags) } {
-            Ok(n) => n.min(size),
-            Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
+        let n = match unsafe { io::peek_at(fd, conn, at, size, at_once) } {
+            Ok(n) => n,
+            Err(errno) => return Outcome::Error(errno),
         };
         if n == 0 {
             // The client has closed; the real call says so.
             return Outcome::Read { alone: true, there: 0 };
         }
-        // SAFETY: the kernel has just written these bytes, and no other thread is there to change a server's buffer.
+        // SAFETY: these bytes have just been written, and no other thread is there to change a server's buffer.
         let bytes = unsafe { std::slice::from_raw_parts(at, n) };
         let seen = match judge(fd, conn, index, half, bytes, n < size, nonblocking) {
             Seen::Cut if buffer.is_some() => {
@@ -177,7 +177,7 @@ fn look_into<const SIZE: usize>(
 /// As [`look`], for a head that does not fit on the stack.
 fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Seen {
     let mut large = vec![0; MAX_HEAD + 1];
-    match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
+    match io::peek(fd, conn, &mut large, true) {
         Ok(n) => {
             let bytes = large.get(..n).unwrap_or_default();
             match judge(fd, conn, index, half, bytes, n <= MAX_HEAD, nonblocking) {
@@ -186,7 +186,7 @@ fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: 
                 seen => seen,
             }
         }
-        Err(e) => Seen::Outcome(Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO))),
+        Err(errno) => Seen::Outcome(Outcome::Error(errno)),
     }
 }
 
@@ -334,15 +334,24 @@ pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool
     let decided_ns = raw::monotonic().as_nanos() as u64;
     conn.fd.store(fd, Ordering::Relaxed);
     conn.asked.store(true, Ordering::SeqCst);
-    // From here on whoever uses the connection waits for the verdict; who has come before has made it passive.
-    let still = || conn.kind() == Kind::Tracked;
-    let asked = daemon::offload(fd, index, still, |generation| Offload {
+    let layer = conn.layer();
+    // From here on whoever uses the connection waits for the verdict; who has come before has made it passive, or has sent its
+    // records before they are counted here.
+    let still = || {
+        let tls = match &layer {
+            Some(layer) => Some(layer.state(fd).ok_or(Reason::NotClean)?),
+            None => None,
+        };
+        if conn.kind() == Kind::Tracked { Ok(tls.unzip()) } else { Err(Reason::Shared) }
+    };
+    let asked = daemon::offload(fd, index, still, |generation, (tls, used)| Offload {
         slot: index,
         generation,
         to: chosen.to.clone(),
         handler: chosen.handler.to_owned(),
         moves,
-        tls: None,
+        tls,
+        used: used.unwrap_or_default(),
         decided_ns,
     });
     match asked {

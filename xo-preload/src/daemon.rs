@@ -18,8 +18,9 @@ use xo_sys::board::Board;
 use xo_sys::raw::{self, Fd};
 use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
+use zeroize::Zeroize;
 
-use crate::{alone, conn, poll, register};
+use crate::{alone, conn, lifecycle, poll, register};
 
 /// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
 const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
@@ -273,12 +274,12 @@ pub(crate) fn lost() {
 }
 
 /// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection
-/// is not `still` what it was now that the slot is pending.
-pub(crate) fn offload(
+/// is not `still` what it was now that the slot is pending; what that gives is for the request.
+pub(crate) fn offload<T>(
     fd: RawFd,
     slot: u32,
-    still: impl FnOnce() -> bool,
-    request: impl FnOnce(u32) -> Offload,
+    still: impl FnOnce() -> Result<T, Reason>,
+    request: impl FnOnce(u32, T) -> Offload,
 ) -> Result<(), Reason> {
     if !open() {
         return Err(Reason::NoDaemon);
@@ -286,18 +287,19 @@ pub(crate) fn offload(
     let Some(slots) = slots() else { return Err(Reason::NoDaemon) };
     let generation = slots.begin(slot);
     fence(Ordering::SeqCst);
-    if !still() {
-        slots.clear(slot);
-        return Err(Reason::Shared);
-    }
-    let message = ToDaemon::Offload(request(generation));
+    let given = still().inspect_err(|_| slots.clear(slot))?;
+    let message = ToDaemon::Offload(request(generation, given));
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let Ok(n) = encode_local(&message, &mut buffer) else {
         slots.clear(slot);
         return Err(Reason::NoTarget);
     };
-    let bytes = buffer.get(..n).unwrap_or_default();
-    match fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT) {
+    let bytes = buffer.get_mut(..n).unwrap_or_default();
+    let sent = fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT);
+    if message.has_secrets() {
+        bytes.zeroize();
+    }
+    match sent {
         Ok(()) => {
             poll::look_after_daemon();
             Ok(())
@@ -386,7 +388,7 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
     if !is_open() {
         return false;
     }
-    let sent = send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0);
+    let sent = send_on(fd(), &ToDaemon::Register { epoll, tls: !lifecycle::has_ring() }, descriptors, 0);
     if !sent {
         check();
     }
@@ -420,13 +422,23 @@ pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
     }
     match fdpass::recv(channel, &mut buffer, libc::MSG_DONTWAIT) {
         Ok((0, _)) => Delivery::End,
-        Ok((n, [fd, ..])) => match (decode_local(buffer.get(..n).unwrap_or_default()), fd) {
-            (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
+        Ok((n, [fd, ..])) => match (decoded(&mut buffer, n), fd) {
+            (Some(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
             _ => Delivery::Nothing,
         },
         Err(e) if e.kind() == ErrorKind::WouldBlock => Delivery::Nothing,
         Err(_) => Delivery::End,
     }
+}
+
+/// The message in the first `n` bytes, which are overwritten if it has secrets.
+fn decoded(buffer: &mut [u8], n: usize) -> Option<FromDaemon> {
+    let bytes = buffer.get_mut(..n).unwrap_or_default();
+    let message: FromDaemon = decode_local(bytes).ok()?;
+    if message.has_secrets() {
+        bytes.zeroize();
+    }
+    Some(message)
 }
 
 /// Asks for the restored connection that a wake-up stands for.
@@ -454,8 +466,7 @@ fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, fdpass::Received)> {
             None
         }
         Ok((n, passed)) => {
-            let message = decode_local(buffer.get(..n).unwrap_or_default()).ok()?;
-            Some((message, passed))
+            Some((decoded(&mut buffer, n)?, passed))
         }
         Err(_) => None,
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{alone, conn, daemon, fdtable, hooks, log, mode, policy, spawn};
+use crate::{alone, conn, daemon, fdtable, hooks, layer, log, mode, policy, spawn};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
@@ -47,7 +47,7 @@ extern "C" fn constructor() {
         daemon::process();
         alone::start();
         // SAFETY: functions of ours, which are never unloaded.
-        unsafe { libc::pthread_atfork(None, Some(alone::forked), Some(daemon::forked)) };
+        unsafe { libc::pthread_atfork(Some(layer::about_to_fork), Some(alone::forked), Some(daemon::forked)) };
     }
     ACTIVE.store(ready, Ordering::Release);
 }

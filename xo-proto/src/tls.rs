@@ -20,7 +20,8 @@ mod suite;
 #[cfg(test)]
 mod tests;
 
-pub use incoming::{Control, Incoming, alert, shorten};
+pub use incoming::{Control, Incoming, alert};
+use incoming::shorten;
 pub use keylog::{KeylogLine, Label, Secret};
 pub use outgoing::Outgoing;
 pub use record::{
@@ -135,6 +136,16 @@ impl TlsState {
     /// `Suite`.
     pub fn outgoing(&self) -> Result<Outgoing, TlsError> {
         Ok(Outgoing::new(self.suite()?, self.sent.clone()))
+    }
+
+    /// Of the record that `queue` begins with, `used` bytes of data have been used up: puts one with the rest in its place.
+    /// Records after it are not touched. (Two records under one nonce: the longer one has been on the wire, the shorter one must
+    /// be seen by nobody but who has the key.)
+    ///
+    /// # Errors
+    /// Why there is no such record; the queue is then as before.
+    pub fn shorten(&self, queue: &mut Vec<u8>, used: usize) -> Result<(), TlsError> {
+        shorten(queue, self.suite()?, &self.received, used)
     }
 
     /// Is `queue`, which begins with the next record of the client, what this state is for? A machine that is given a

@@ -101,7 +101,7 @@ impl Incoming {
     }
 
     /// Where the direction stands at the front of the queue, and how many bytes of the data of the record there have been
-    /// used up: see [`shorten`].
+    /// used up: see [`super::TlsState::shorten`].
     #[must_use]
     pub fn state(&self) -> (Direction, usize) {
         (self.front.clone(), self.used)
@@ -279,13 +279,8 @@ fn control(version: Version, content: Content, data: &[u8]) -> Result<Control, u
     }
 }
 
-/// Of the record that `queue` begins with, whose direction stands at `state`, `used` bytes of data have been used up: puts a
-/// record in its place that holds the rest, under the same key and sequence number. (Two records under one nonce: the longer
-/// one has been on the wire, the shorter one must be seen by nobody else than who has the key.)
-///
-/// # Errors
-/// Why there is no such record; the queue is then as before.
-pub fn shorten(queue: &mut Vec<u8>, suite: Suite, state: &Direction, used: usize) -> Result<(), TlsError> {
+/// See [`super::TlsState::shorten`].
+pub(super) fn shorten(queue: &mut Vec<u8>, suite: Suite, state: &Direction, used: usize) -> Result<(), TlsError> {
     if used == 0 {
         return Ok(());
     }
