@@ -105,8 +105,8 @@ impl Engine {
         let (bind, listener, acceptor) = match &mode {
             HandlerMode::Attach { port } => {
                 let (number, listener) = self.pick_acceptor(*port, client, tls).ok_or_else(|| {
-                    if self.acceptors_on(*port) > 0 {
-                        return no_tls(format!("the process that listens on port {port} has no record layer"));
+                    if tls {
+                        return no_tls(format!("no process with a record layer listens on port {port}"));
                     }
                     (Reason::NoHandler, format!("no process under the library listens on port {port}"))
                 })?;

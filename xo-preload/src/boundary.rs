@@ -11,11 +11,12 @@ use xo_proto::policy::Policy;
 use xo_proto::protocol::{Progress, Request, Requests, Responses};
 use xo_proto::reason::Reason;
 use xo_proto::slot::{Counter, FREE, GONE, PENDING, stay_reason};
+use xo_proto::tls::TlsState;
 use xo_sys::{raw, tcp_repair};
 
 use crate::choose::{self, Chosen};
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, io, policy, poll, redis};
+use crate::{daemon, init, io, policy, poll, redis, tls};
 
 /// Most HTTP heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -213,11 +214,23 @@ fn judge(
     nonblocking: bool,
 ) -> Seen {
     match half.tracker {
-        Requests::Http(tracker) => judge_http(fd, conn, index, half, tracker, bytes, all),
+        Requests::Http(tracker) => {
+            let queue = Queue { length: bytes.len(), whole: all };
+            judge_http(fd, conn, index, half, tracker, bytes, queue)
+        }
         Requests::Redis(requests) => {
             redis::judge(fd, conn, index, half, requests, &redis::Waiting { bytes, all, nonblocking })
         }
     }
+}
+
+/// The part of the socket's queue that was looked at.
+#[derive(Clone, Copy)]
+pub(crate) struct Queue {
+    /// Its length.
+    pub(crate) length: usize,
+    /// There is no more of what is judged.
+    pub(crate) whole: bool,
 }
 
 /// The beginning of a request: more is needed.
@@ -236,35 +249,44 @@ pub(crate) fn partial(fd: i32, conn: &Conn, half: &mut ReadHalf, n: usize) -> Se
     Seen::HeldBack
 }
 
+/// Decides about the request that `bytes` begin with: the queue itself, or what its records hold.
 #[inline]
-fn judge_http(
+pub(crate) fn judge_http(
     fd: i32,
     conn: &Conn,
     index: u32,
     half: &mut ReadHalf,
     mut tracker: RequestTracker,
     bytes: &[u8],
-    all: bool,
+    queue: Queue,
 ) -> Seen {
     match parse_head(bytes) {
-        Head::Partial if !all => Seen::Cut,
-        Head::Partial => partial(fd, conn, half, bytes.len()),
+        Head::Partial if !queue.whole => Seen::Cut,
+        Head::Partial => partial(fd, conn, half, queue.length),
         Head::TooLong => leave(fd, conn, half, Reason::HeadTooLong),
+        Head::Refused(Reason::NotHttp) if tls::begins(bytes) && !half.begun => {
+            match tls::begin(conn, index, half) {
+                Ok(()) => Seen::Outcome(Outcome::Read { alone: true, there: 0 }),
+                Err(reason) => leave(fd, conn, half, reason),
+            }
+        }
         Head::Refused(reason) => leave(fd, conn, half, reason),
         Head::Complete(head) if head.upgrade => leave(fd, conn, half, Reason::Upgraded),
         Head::Complete(head) => {
             release(fd, conn, half);
-            if !half.stays && wants_to_move(fd, conn, index, Request::Http(&head)) {
+            half.begun = true;
+            if !half.stays && wants_to_move(fd, conn, index, half.tls.as_deref(), Request::Http(&head)) {
                 return Seen::Asked;
             }
             conn.moves.store(0, Ordering::Relaxed);
             tracker.begin(&head);
             half.tracker = Requests::Http(tracker);
-            match conn.write().as_deref_mut() {
+            match conn.write().as_deref_mut().map(|half| &mut half.responses) {
                 Some(Responses::Http(responses)) => responses.asked(Method::from(head.method)),
                 _ => return leave(fd, conn, half, Reason::Shared),
             }
-            let alone = all && matches!(tracker, RequestTracker::Left(left) if left >= bytes.len() as u64);
+            let alone =
+                queue.whole && matches!(tracker, RequestTracker::Left(left) if left >= bytes.len() as u64);
             Seen::Outcome(Outcome::Read { alone, there: 0 })
         }
     }
@@ -294,16 +316,23 @@ pub(crate) fn responses_are_out(conn: &Conn) {
     }
 }
 
-fn until(conn: &Conn) -> Duration {
+/// How long a head is still held back.
+pub(crate) fn until(conn: &Conn) -> Duration {
     let deadline = Duration::from_nanos(conn.deadline.load(Ordering::Relaxed));
     deadline.saturating_sub(raw::monotonic())
 }
 
 /// Asks the policy, and if it says so the daemon.
-fn wants_to_move(fd: i32, conn: &Conn, index: u32, request: Request<'_>) -> bool {
+fn wants_to_move(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    tls: Option<&tls::Received>,
+    request: Request<'_>,
+) -> bool {
     let Some(policy) = policy_now() else { return false };
     match choose::destination(policy, conn, request) {
-        Ok(chosen) => ask(fd, conn, index, &chosen),
+        Ok(chosen) => ask(fd, conn, index, tls, &chosen),
         Err(why) => {
             daemon::count(why);
             false
@@ -319,18 +348,33 @@ pub(crate) fn policy_now() -> Option<&'static Policy> {
     init::active_policy()
 }
 
+/// The connection's TLS, if it has any. `None`: something is not answered yet, or not all of a record is out.
+fn standing(conn: &Conn, received: Option<&tls::Received>) -> Option<Option<TlsState>> {
+    let half = conn.write().filter(|half| half.responses.progress() == Progress::Clean)?;
+    match (received, &half.tls) {
+        (None, None) => Some(None),
+        (Some(received), Some(sent)) => received.state(sent).map(Some),
+        _ => None,
+    }
+}
+
 /// Asks the daemon to move the connection; is it on its way to an answer?
-pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool {
+pub(crate) fn ask(
+    fd: i32,
+    conn: &Conn,
+    index: u32,
+    received: Option<&tls::Received>,
+    chosen: &Chosen<'_>,
+) -> bool {
     let moves = conn.moves.load(Ordering::Relaxed);
     if moves >= MOST_MOVES {
         daemon::count(Reason::MovedTooOften as usize);
         return false;
     }
-    let clean = conn.write().is_some_and(|r| r.progress() == Progress::Clean);
-    if !clean {
+    let Some(tls) = standing(conn, received) else {
         daemon::count(Reason::NotClean as usize);
         return false;
-    }
+    };
     let decided_ns = raw::monotonic().as_nanos() as u64;
     conn.fd.store(fd, Ordering::Relaxed);
     conn.asked.store(true, Ordering::SeqCst);
@@ -338,11 +382,11 @@ pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool
     // From here on whoever uses the connection waits for the verdict; who has come before has made it passive, or has sent its
     // records before they are counted here.
     let still = || {
-        let tls = match &layer {
-            Some(layer) => Some(layer.state(fd).ok_or(Reason::NotClean)?),
-            None => None,
+        let given = match &layer {
+            Some(layer) => layer.state(fd).map(|(tls, used)| (Some(tls), used)).ok_or(Reason::NotClean)?,
+            None => (tls, 0),
         };
-        if conn.kind() == Kind::Tracked { Ok(tls.unzip()) } else { Err(Reason::Shared) }
+        if conn.kind() == Kind::Tracked { Ok(given) } else { Err(Reason::Shared) }
     };
     let asked = daemon::offload(fd, index, still, |generation, (tls, used)| Offload {
         slot: index,
@@ -351,7 +395,7 @@ pub(crate) fn ask(fd: i32, conn: &Conn, index: u32, chosen: &Chosen<'_>) -> bool
         handler: chosen.handler.to_owned(),
         moves,
         tls,
-        used: used.unwrap_or_default(),
+        used,
         decided_ns,
     });
     match asked {

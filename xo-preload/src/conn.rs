@@ -18,7 +18,7 @@ use xo_sys::raw;
 use crate::layer::Layer;
 use crate::lock::Lock;
 use crate::mode::Mode;
-use crate::{alone, daemon, fdtable};
+use crate::{alone, daemon, fdtable, tls};
 
 /// What is done about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,19 +65,20 @@ pub(crate) struct Conn {
     given_by: AtomicU32,
     /// See [`alone::forks`].
     forks: AtomicU32,
+    /// Tells it from others that had the same entry.
+    pub(crate) serial: AtomicU32,
     next_free: AtomicU32,
     /// It has come with its TLS: what the server reads and writes goes through this.
     layer: Lock<Option<Arc<Layer>>>,
     has_layer: AtomicBool,
     read: UnsafeCell<Option<ReadHalf>>,
-    write: UnsafeCell<Option<Responses>>,
+    write: UnsafeCell<Option<WriteHalf>>,
 }
 
 // SAFETY: the two cells are touched only by who holds the claim of their half.
 unsafe impl Sync for Conn {}
 
 /// State of the reading half.
-#[derive(Clone, Copy)]
 pub(crate) struct ReadHalf {
     /// Where in the request stream the server is.
     pub(crate) tracker: Requests,
@@ -87,11 +88,25 @@ pub(crate) struct ReadHalf {
     pub(crate) partial: usize,
     /// A request has waited for the responses before it as long as it may.
     pub(crate) late: bool,
+    /// It has had a request: no handshake comes any more.
+    pub(crate) begun: bool,
+    /// The client's records.
+    pub(crate) tls: Option<Box<tls::Received>>,
+}
+
+/// State of the writing half.
+#[derive(Default)]
+pub(crate) struct WriteHalf {
+    /// Whether everything has been answered.
+    pub(crate) responses: Responses,
+    /// The server's records.
+    pub(crate) tls: Option<Box<tls::Sent>>,
 }
 
 impl ReadHalf {
     fn new(protocol: Protocol) -> ReadHalf {
-        ReadHalf { tracker: Requests::new(protocol), stays: false, partial: 0, late: false }
+        let tracker = Requests::new(protocol);
+        ReadHalf { tracker, stays: false, partial: 0, late: false, begun: false, tls: None }
     }
 }
 
@@ -165,11 +180,13 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, proto
     conn.descriptors.store(1, Ordering::Relaxed);
     conn.has_layer.store(layer.is_some(), Ordering::Relaxed);
     *conn.layer.lock() = layer;
-    // SAFETY: the entry was free: nobody else refers to it. The old value of `write` is dropped when an
-    // entry is freed, so overwriting without a drop loses nothing.
+    conn.serial.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: the entry was free: nobody else refers to it. What the halves own is dropped when an entry is freed, so
+    // overwriting without a drop loses nothing.
     unsafe {
-        conn.read.get().write(Some(ReadHalf::new(protocol)));
-        conn.write.get().write(Some(Responses::new(protocol)));
+        let begun = deliver.is_some();
+        conn.read.get().write(Some(ReadHalf { begun, ..ReadHalf::new(protocol) }));
+        conn.write.get().write(Some(WriteHalf { responses: Responses::new(protocol), tls: None }));
     }
     conn.kind.store(Kind::Tracked as u8, Ordering::Release);
     fdtable::set(fd, fdtable::Entry::Connection(index));
@@ -279,7 +296,7 @@ impl Conn {
     }
 
     /// Claims the writing half.
-    pub(crate) fn write(&self) -> Option<Claim<'_, Responses>> {
+    pub(crate) fn write(&self) -> Option<Claim<'_, WriteHalf>> {
         Claim::new(&self.writing, &self.write)
     }
 
@@ -299,8 +316,11 @@ impl Conn {
         // Its secrets go with the last thread that uses it.
         self.has_layer.store(false, Ordering::Release);
         drop(self.layer.lock().take());
-        if let Some(mut tracker) = self.write() {
-            *tracker = Responses::default();
+        if let Some(mut half) = self.write() {
+            *half = WriteHalf::default();
+        }
+        if let Some(mut half) = self.read() {
+            half.tls = None;
         }
         give_back(index);
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{alone, conn, daemon, fdtable, hooks, layer, log, mode, policy, spawn};
+use crate::{alone, conn, daemon, fdtable, hooks, layer, log, mode, policy, spawn, tls};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
@@ -41,6 +41,9 @@ extern "C" fn constructor() {
         HEAD_TIMEOUT_MS.store(ms, Ordering::Relaxed);
     }
     let socket = env::var_os("XO_SOCKET").unwrap_or_else(|| OsString::from(DEFAULT_SOCKET));
+    if is_set("XO_TLS_CHECK") {
+        tls::check();
+    }
     spawn::remember(is_set("XO_INSECURE"));
     let ready = fdtable::start() && conn::start() && mode::start() && daemon::start(PathBuf::from(socket));
     if ready {

@@ -84,6 +84,11 @@ impl Original {
         self.0.load(Ordering::Relaxed)
     }
 
+    /// Resolved elsewhere.
+    pub(crate) fn set(&self, address: *mut libc::c_void) {
+        self.0.store(address, Ordering::Relaxed);
+    }
+
     pub(crate) fn resolve(&self, name: &str) {
         if let Ok(name) = CStr::from_bytes_with_nul(name.as_bytes()) {
             // SAFETY: a C string; dlsym has no other demands.

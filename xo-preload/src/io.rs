@@ -9,9 +9,9 @@ use xo_proto::slot::{GONE, PENDING};
 use xo_sys::{raw, tcp_repair};
 
 use crate::boundary::{self, Outcome};
-use crate::conn::{self, Conn, Kind, ReadHalf};
-use crate::fdtable;
+use crate::conn::{self, Claim, Conn, Kind, ReadHalf, WriteHalf};
 use crate::layer::Asked;
+use crate::{fdtable, tls};
 
 /// Most pieces of a scattered read that are followed; a longer list is shortened, which is a short read.
 const MAX_PIECES: usize = 64;
@@ -98,6 +98,9 @@ fn read_into(
         fence(Ordering::SeqCst);
         return await_other(fd, index, conn, nonblocking).unwrap_or_else(|| call(pieces));
     };
+    if half.tls.is_some() {
+        return read_records(fd, index, conn, &mut half, pieces, flags, &mut call);
+    }
     let (mut alone, mut there) = (false, 0);
     let outcome = boundary::verdict(fd, conn, index, &mut half, nonblocking).or_else(|| {
         if half.tracker.at_boundary() && !peeking && conn.kind() == Kind::Tracked {
@@ -122,6 +125,10 @@ fn read_into(
     }
     if conn.kind() != Kind::Tracked {
         return call(pieces);
+    }
+    if half.tls.is_some() {
+        // It has just begun.
+        return read_records(fd, index, conn, &mut half, pieces, flags, &mut call);
     }
     let allowed = match allowance(fd, conn, &half, want, nonblocking) {
         Ok(n) => n,
@@ -152,6 +159,34 @@ fn read_into(
         }
     }
     n
+}
+
+/// A read of a connection with TLS.
+#[inline(never)]
+fn read_records(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    half: &mut ReadHalf,
+    pieces: &[iovec],
+    flags: c_int,
+    call: &mut impl FnMut(&[iovec]) -> isize,
+) -> isize {
+    if flags & (libc::MSG_TRUNC | libc::MSG_WAITALL) != 0 {
+        conn.abandon(Reason::AmbiguousFraming);
+    }
+    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
+    if flags & libc::MSG_PEEK == 0 {
+        return tls::read(fd, index, conn, half, pieces, nonblocking, call);
+    }
+    match boundary::verdict(fd, conn, index, half, nonblocking) {
+        Some(Outcome::End) => 0,
+        Some(Outcome::Error(errno)) => {
+            set_errno(errno);
+            -1
+        }
+        Some(Outcome::Read { .. }) | None => call(pieces),
+    }
 }
 
 /// Drops from the socket what the server has already; the result of its read.
@@ -246,7 +281,11 @@ fn account(conn: &Conn, half: &mut ReadHalf, pieces: &[iovec], n: usize) {
 
 /// The call with no more than `allowed` bytes' worth of pieces, and no more of them than are followed.
 #[cold]
-fn shortened(pieces: &[iovec], mut allowed: usize, call: &mut impl FnMut(&[iovec]) -> isize) -> isize {
+pub(crate) fn shortened(
+    pieces: &[iovec],
+    mut allowed: usize,
+    call: &mut impl FnMut(&[iovec]) -> isize,
+) -> isize {
     let mut list = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
     let mut count = 0;
     for (to, from) in list.iter_mut().zip(pieces) {
@@ -261,7 +300,8 @@ fn shortened(pieces: &[iovec], mut allowed: usize, call: &mut impl FnMut(&[iovec
     call(list.get(..count).unwrap_or_default())
 }
 
-fn for_each_piece(pieces: &[iovec], mut n: usize, mut each: impl FnMut(&[u8])) {
+/// The first `n` bytes of these, piece by piece.
+pub(crate) fn for_each_piece(pieces: &[iovec], mut n: usize, mut each: impl FnMut(&[u8])) {
     for piece in pieces {
         let len = piece.iov_len.min(n);
         if len == 0 {
@@ -285,6 +325,10 @@ pub(crate) fn read_unseen(
         // As where the kernel cannot: the server reads instead.
         set_errno(libc::EINVAL);
         return -1;
+    }
+    if conn.read().is_some_and(|half| half.tls.is_some()) {
+        conn.abandon(Reason::TlsKernel);
+        return call(want);
     }
     let piece = iovec { iov_base: std::ptr::null_mut(), iov_len: want };
     if matches!(conn.read().map(|h| h.tracker.allowed()), Some(Limit::Peek))
@@ -338,7 +382,7 @@ pub(crate) fn write(
         },
     };
     if n > 0 {
-        follow_responses(conn, |r| for_each_piece(pieces, n as usize, |bytes| r.wrote(bytes)));
+        wrote(conn, pieces, n as usize);
     }
     n
 }
@@ -373,7 +417,11 @@ pub(crate) fn write_unseen(fd: c_int, index: u32, conn: &Conn, call: impl FnOnce
     }
     let n = call();
     if n > 0 {
-        follow_responses(conn, |r| r.wrote_unseen(n as u64));
+        match conn.write() {
+            None => conn.abandon(Reason::Shared),
+            Some(half) if half.tls.is_some() => tls::wrote_unseen(conn),
+            Some(half) => respond(conn, half, |r| r.wrote_unseen(n as u64)),
+        }
     }
     n
 }
@@ -392,7 +440,7 @@ pub(crate) fn send_file(
     });
     match result {
         Ok(n) => {
-            if n > 0 {
+            if n > 0 && conn.kind() == Kind::Tracked {
                 follow_responses(conn, |r| r.wrote_unseen(n as u64));
             }
             n
@@ -401,19 +449,35 @@ pub(crate) fn send_file(
     }
 }
 
-fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut Responses)) {
+/// Bytes of a response, or of records that carry one.
+fn wrote(conn: &Conn, pieces: &[iovec], n: usize) {
     if conn.kind() != Kind::Tracked {
         return;
     }
-    let Some(mut responses) = conn.write() else {
+    let Some(mut half) = conn.write() else {
         return conn.abandon(Reason::Shared);
     };
-    follow(&mut responses);
-    match responses.progress() {
+    if half.tls.is_some() {
+        return tls::wrote(conn, &mut half, |each| for_each_piece(pieces, n, each));
+    }
+    respond(conn, half, |r| for_each_piece(pieces, n, |bytes| r.wrote(bytes)));
+}
+
+/// The server has written something of its responses.
+pub(crate) fn follow_responses(conn: &Conn, follow: impl FnOnce(&mut Responses)) {
+    match conn.write() {
+        Some(half) => respond(conn, half, follow),
+        None => conn.abandon(Reason::Shared),
+    }
+}
+
+fn respond(conn: &Conn, mut half: Claim<'_, WriteHalf>, follow: impl FnOnce(&mut Responses)) {
+    follow(&mut half.responses);
+    match half.responses.progress() {
         Progress::Unknown => conn.abandon(Reason::UnknownResponse),
         Progress::Upgraded => conn.abandon(Reason::Upgraded),
         Progress::Clean if conn.awaits_clean.load(Ordering::Relaxed) => {
-            drop(responses);
+            drop(half);
             boundary::responses_are_out(conn);
         }
         Progress::Clean | Progress::InProgress | Progress::UntilClose => {}

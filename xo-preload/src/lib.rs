@@ -38,3 +38,4 @@ mod poll;
 mod redis;
 mod register;
 mod spawn;
+mod tls;

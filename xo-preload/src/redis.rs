@@ -63,7 +63,7 @@ pub(crate) fn judge(
                         release(fd, conn, half);
                         if let Some(chosen) = chosen {
                             chosen.count(conn);
-                            if ask(fd, conn, index, &chosen) {
+                            if ask(fd, conn, index, None, &chosen) {
                                 return Seen::Asked;
                             }
                         }
@@ -79,7 +79,7 @@ fn serve(fd: i32, conn: &Conn, half: &mut ReadHalf, run: &Run, waiting: &Waiting
     release(fd, conn, half);
     conn.moves.store(0, Ordering::Relaxed);
     half.tracker = Requests::Redis(run.next);
-    match conn.write().as_deref_mut() {
+    match conn.write().as_deref_mut().map(|half| &mut half.responses) {
         Some(Responses::Redis(replies)) => replies.asked(run.replies, run.blocks),
         _ => return leave(fd, conn, half, Reason::Shared),
     }
@@ -124,7 +124,7 @@ fn replies(fd: i32, conn: &Conn, half: &mut ReadHalf, nonblocking: bool) -> Repl
 }
 
 fn standing(conn: &Conn) -> (Progress, bool) {
-    match conn.write().as_deref() {
+    match conn.write().as_deref().map(|half| &half.responses) {
         Some(Responses::Redis(replies)) => (replies.progress(), replies.blocked()),
         _ => (Progress::Unknown, false),
     }

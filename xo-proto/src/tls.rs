@@ -16,6 +16,7 @@ mod keylog;
 mod keys;
 mod outgoing;
 mod record;
+mod stream;
 mod suite;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ pub use outgoing::Outgoing;
 pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
+pub use stream::{Proof, Stream};
 pub use suite::{Suite, Version};
 
 /// Longest secret, bytes: a SHA-384 hash, or the master secret of TLS 1.2.

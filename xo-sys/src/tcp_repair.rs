@@ -87,17 +87,17 @@ impl<T> Step<T> for io::Result<T> {
 /// Of getsockopt(2) and recv(2).
 pub fn arrived_since(fd: RawFd, record: &ConnRecord) -> io::Result<Option<Late>> {
     // What came before need not be as long as in the record (see `TlsState::shorten`), so it is counted from the end.
-    let (news, queued) = loop {
+    let (news, queued, fin) = loop {
         let next = get_u32(fd, libc::TCP_QUEUE_SEQ)?;
-        let queued = raw::readable_bytes(fd);
+        let news = next.wrapping_sub(record.tcp.rcv_seq) as usize;
+        if news == 0 {
+            return Ok(None);
+        }
+        let (queued, fin) = (raw::readable_bytes(fd), raw::tcp_state(fd)? == CLOSE_WAIT);
         if get_u32(fd, libc::TCP_QUEUE_SEQ)? == next {
-            break (next.wrapping_sub(record.tcp.rcv_seq) as usize, queued);
+            break (news, queued, fin);
         }
     };
-    if news == 0 {
-        return Ok(None);
-    }
-    let fin = raw::tcp_state(fd)? == CLOSE_WAIT;
     let mut data = dump::peek(fd, queued)?;
     data.truncate(queued);
     // A FIN counts, and is no byte.

@@ -365,3 +365,110 @@ fn a_state_of_no_suite_is_refused() {
         assert_eq!(Suite::of(Version::Tls12, other), None);
     }
 }
+
+/// Some records of a handshake as TLS 1.3 sends them before its keys are in use, then what `sealer` makes.
+fn after_handshake(sealer: &mut Sealer, hidden: usize) -> Vec<u8> {
+    let mut bytes = hex("160303000401020304140303000101");
+    for _ in 0..hidden {
+        bytes.extend(hex("1703030014000102030405060708090a0b0c0d0e0f00000000"));
+    }
+    sealer.seal(Content::Handshake, b"ticket", &mut bytes).expect("sealed");
+    sealer.seal(Content::Data, &[5; 20_000], &mut bytes).expect("sealed");
+    bytes
+}
+
+#[test]
+fn a_stream_counts_the_records_under_its_key_however_it_is_cut() {
+    let state = all().next().expect("a state");
+    let suite = state.suite().expect("a suite");
+    for cut in [1, 2, 5, 7, 100, 1 << 20] {
+        for hidden in [0, 3] {
+            for proof in [Proof::First, Proof::Every] {
+                let mut sealer = state.sealer().expect("a suite");
+                let bytes = after_handshake(&mut sealer, hidden);
+                let (plain, sealed) = bytes.split_at(15);
+                let mut stream = Stream::new(proof);
+                plain.chunks(cut).for_each(|part| stream.pass(part));
+                assert!(!stream.is_open() && stream.state().is_none());
+                stream.secret(suite, &state.sent.secret[..32]).expect("keys");
+                sealed.chunks(cut).for_each(|part| stream.pass(part));
+                assert_eq!(stream.trouble(), None);
+                assert_eq!(stream.state().map(|s| s.seq), Some(sealer.state().seq), "{cut} {hidden}");
+                let mut update = Vec::new();
+                sealer.update(false, &mut update).expect("updated");
+                stream.pass(&update);
+                assert_eq!(stream.next_secret(&[1; 32]), Err(TlsError::Secret));
+                stream.next_secret(&sealer.state().secret[..32]).expect("the next secret");
+                assert_eq!(stream.state().as_ref(), Some(sealer.state()));
+                update.clear();
+                sealer.seal(Content::Data, b"more", &mut update).expect("sealed");
+                stream.pass(&update[..9]);
+                assert!(stream.state().is_none() && stream.rest() == update.len() - 9);
+                stream.pass(&update[9..]);
+                assert_eq!(stream.state().as_ref(), Some(sealer.state()));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_tls_1_2_counts_from_the_change_of_cipher() {
+    for session in TLS12 {
+        let suite = Suite::of(Version::Tls12, session.cipher).expect("a suite");
+        let randoms = [array(session.client_random), array(session.server_random)];
+        let keys =
+            Direction::from_master(suite, &array(session.master), &randoms[0], &randoms[1]).expect("keys");
+        for (direction, records) in keys.into_iter().zip([session.client, session.server]) {
+            let mut stream = Stream::new(Proof::Every);
+            stream.pass(&hex("160303000401020304"));
+            assert!(!stream.is_open());
+            stream.pass(&hex("140303000101"));
+            assert!(!stream.is_open());
+            stream.pass(&hex(records[0]));
+            assert!(stream.is_open() && !stream.has_keys());
+            stream.keys(suite, direction);
+            records[1..].iter().for_each(|record| stream.pass(&hex(record)));
+            let state = stream.state().expect("keys");
+            assert_eq!((state.seq, stream.trouble()), (records.len() as u64, None));
+            if suite.has_explicit_nonce() {
+                let last = records.last().map(|r| hex(r)).expect("a record");
+                assert_eq!(Some(state.explicit - 1), explicit_nonce(&last[HEADER..]));
+            }
+            stream.pass(&hex("160303000401020304"));
+            assert_eq!(stream.trouble(), Some(crate::reason::Reason::TlsRenegotiation));
+            assert!(stream.state().is_none());
+        }
+    }
+}
+
+#[test]
+fn a_stream_says_when_it_is_lost() {
+    let state = all().next().expect("a state");
+    let suite = state.suite().expect("a suite");
+    let mut sealer = state.sealer().expect("a suite");
+    let mut bytes = Vec::new();
+    for _ in 0..3 {
+        sealer.seal(Content::Data, b"data", &mut bytes).expect("sealed");
+    }
+    let length = bytes.len() / 3;
+    let keyed = || {
+        let mut stream = Stream::new(Proof::Every);
+        stream.secret(suite, &state.sent.secret[..32]).expect("keys");
+        stream
+    };
+    // A record is missing; one is not encrypted; bytes that are none.
+    let mut stream = keyed();
+    stream.pass(&bytes[..length]);
+    stream.pass(&bytes[2 * length..]);
+    assert_eq!(stream.trouble(), Some(crate::reason::Reason::TlsLost));
+    for bad in ["15030300020100", "474554202f"] {
+        let mut stream = keyed();
+        stream.pass(&hex(bad));
+        assert_eq!(stream.trouble(), Some(crate::reason::Reason::TlsLost), "{bad}");
+    }
+    let mut stream = keyed();
+    for _ in 0..17 {
+        stream.pass(&hex("1703030014000102030405060708090a0b0c0d0e0f00000000"));
+    }
+    assert_eq!(stream.trouble(), Some(crate::reason::Reason::TlsLost), "never the right key");
+}
