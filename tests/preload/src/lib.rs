@@ -20,6 +20,7 @@ pub mod random;
 pub mod redis;
 pub mod servers;
 pub mod shards;
+pub mod tls;
 pub mod traffic;
 
 pub use bed::Bed;

@@ -1,7 +1,5 @@
 //! Records pass through the hooks on read and write.
 
-use std::sync::atomic::Ordering;
-
 use libc::{c_int, iovec};
 use xo_proto::reason::Reason;
 
@@ -83,5 +81,4 @@ pub(crate) fn wrote(conn: &Conn, half: &mut WriteHalf, each: impl FnOnce(&mut dy
 /// Bytes were written that cannot be looked at: only the kernel can have made records of them.
 pub(crate) fn wrote_unseen(conn: &Conn) {
     conn.abandon(Reason::TlsKernel);
-    conn.awaits_clean.store(false, Ordering::Relaxed);
 }

@@ -1,0 +1,276 @@
+//! HTTPS: servers with certificates, daemons with an encrypted channel, and a client that says what it got.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::Bed;
+use crate::bed::built;
+use crate::content;
+use crate::program::Program;
+use crate::servers::{PEER_PORT, PeerdOptions, WEB, address};
+
+/// A cipher suite, and the version of TLS that has it.
+pub type Suite = (&'static str, &'static str);
+
+/// Those that can move, by OpenSSL's names.
+pub const SUITES: [Suite; 8] = [
+    ("TLSv1.3", "TLS_AES_128_GCM_SHA256"),
+    ("TLSv1.3", "TLS_AES_256_GCM_SHA384"),
+    ("TLSv1.3", "TLS_CHACHA20_POLY1305_SHA256"),
+    ("TLSv1.2", "ECDHE-RSA-AES128-GCM-SHA256"),
+    ("TLSv1.2", "ECDHE-ECDSA-AES256-GCM-SHA384"),
+    ("TLSv1.2", "ECDHE-RSA-CHACHA20-POLY1305"),
+    ("TLSv1.2", "DHE-RSA-AES128-GCM-SHA256"),
+    ("TLSv1.2", "AES256-GCM-SHA384"),
+];
+
+/// A client on TLS: `client.py ADDRESS PORT ROOT OPTIONS`. Options are JSON: `version`, `alpn`, `chunk` (bytes for each record that
+/// is sent), `connections` (later ones resume the first's session), `steps` (`["GET", path]` or `["PUT", path, size]`). What is
+/// served is compared with the file below ROOT, and so is what was uploaded.
+const CLIENT: &str = r#"
+import http.client, json, os, socket, ssl, sys, time
+
+address, port, root, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+if 'version' in options:
+    version = getattr(ssl.TLSVersion, options['version'].replace('.', '_'))
+    context.minimum_version = context.maximum_version = version
+if 'ciphers' in options:
+    context.set_ciphers(options['ciphers'])
+if 'alpn' in options:
+    context.set_alpn_protocols(options['alpn'])
+session, connections = None, []
+
+def send(s, data):
+    chunk = options.get('chunk', 1 << 14)
+    for at in range(0, len(data), chunk):
+        s.sendall(data[at:at + chunk])
+        if 'pause' in options:
+            time.sleep(options['pause'])
+
+def step(s, method, path, size=None):
+    body = b'' if size is None else bytes(i * 7 % 251 for i in range(65521)) * (size // 65521 + 1)
+    body = body[:size]
+    head = f'{method} {path} HTTP/1.1\r\nHost: x\r\n'
+    if size is not None:
+        head += f'Content-Length: {size}\r\n'
+    send(s, (head + '\r\n').encode() + body)
+    response = http.client.HTTPResponse(s, method=method)
+    response.begin()
+    got = response.read()
+    right = response.status in (200, 201, 204)
+    with open(root + path, 'rb') as f:
+        right = right and f.read() == (got if size is None else body)
+    return [response.getheader('X-Node'), right]
+
+for _ in range(options.get('connections', 1)):
+    plain = socket.create_connection((address, port))
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with context.wrap_socket(plain, server_hostname='a.example', session=session) as s:
+        steps = [step(s, *arguments) for arguments in options['steps']]
+        session = s.session
+        connections.append({'steps': steps, 'version': s.version(), 'suite': s.cipher()[0],
+                            'resumed': s.session_reused})
+print(json.dumps(connections))
+"#;
+
+/// Objects and uploads below a root, on port 443: `https.py NODE ROOT KEYS`, with KEYS.pem and KEYS.key.
+const SERVER: &str = r#"
+import http.server, os, ssl, sys
+
+node, root, keys = sys.argv[1:4]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    timeout = 60
+
+    def answer(self, status, body=b''):
+        self.send_response(status)
+        self.send_header('X-Node', node)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        with open(root + self.path, 'rb') as f:
+            self.answer(200, f.read())
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        with open(root + self.path, 'wb') as f:
+            f.write(body)
+        self.answer(201)
+
+    def log_message(self, *arguments):
+        pass
+
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(keys + '.pem', keys + '.key')
+if 'KEYS' in os.environ:
+    context.keylog_filename = os.environ['KEYS']
+server = http.server.ThreadingHTTPServer(('', 443), Handler)
+server.daemon_threads = True
+# The handshake is the connection's own thread's.
+server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+server.serve_forever()
+"#;
+
+/// A bed whose host and target have certificates: the daemons for their channel, the servers for their clients.
+#[derive(Debug)]
+pub struct Https {
+    /// The bed: a host and a target.
+    pub bed: Bed,
+}
+
+impl Https {
+    /// Raises it; nothing runs yet.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn up() -> Https {
+        let bed = Bed::up(1, 1);
+        let certs = bed.directory().join("certs");
+        bed.run("host", Command::new(built("xo-peerd")).arg("certs").arg(certs).args(["host", "t1"]));
+        for (name, key) in
+            [("rsa", &["rsa:2048"][..]), ("ec", &["ec", "-pkeyopt", "ec_paramgen_curve:P-256"])]
+        {
+            let mut command = Command::new("openssl");
+            command
+                .args(["req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=a.example", "-newkey"])
+                .args(key);
+            command.arg("-keyout").arg(bed.directory().join(format!("{name}.key")));
+            bed.run("host", command.arg("-out").arg(bed.directory().join(format!("{name}.pem"))));
+        }
+        Https { bed }
+    }
+
+    /// Daemons on both nodes.
+    pub fn daemons(&self) -> Vec<Program> {
+        let options = |node: &str| {
+            let d = self.bed.directory().join("certs");
+            let d = d.display();
+            let tls =
+                format!("[tls]\nca = \"{d}/ca.pem\"\ncert = \"{d}/{node}.pem\"\nkey = \"{d}/{node}.key\"\n");
+            PeerdOptions { head: "# the channel is encrypted".into(), sections: tls + WEB }
+        };
+        ["host", "t1"].iter().map(|node| self.bed.peerd(node, &options(node))).collect()
+    }
+
+    /// As [`Bed::preloaded`], with a policy for HTTPS: `/img/` and `/up/` go to the target. Every record that the server sends is
+    /// opened again.
+    #[must_use]
+    pub fn preloaded(&self, node: &str, program: &str) -> Command {
+        let text = format!(
+            "listen = [80, 443, 444]\n[targets]\nt1 = \"{}:{PEER_PORT}\"\n\
+             [[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\"]\nhandler = \"web\"\n\
+             [[rule]]\npath_prefix = \"/up/\"\nto = [\"t1\"]\nhandler = \"web\"\n",
+            address("t1"),
+        );
+        let mut command = self.bed.preloaded(node, program);
+        command.env("XO_POLICY", self.bed.file("https.toml", &text)).env("XO_TLS_CHECK", "1");
+        command
+    }
+
+    /// nginx on a node: port 443, and port 444, where it asks for the client's certificate. `more` is for the first.
+    pub fn nginx(&self, node: &str, command: Command, more: &str) -> Program {
+        let config = fs::read_to_string(self.bed.nginx_config(node, 2)).expect("nginx's configuration");
+        let d = self.bed.directory().display();
+        let keys = format!(
+            "ssl_certificate {d}/rsa.pem; ssl_certificate_key {d}/rsa.key;\n\
+             ssl_certificate {d}/ec.pem; ssl_certificate_key {d}/ec.key;\n\
+             ssl_protocols TLSv1.2 TLSv1.3; ssl_ciphers ALL:@SECLEVEL=0; ssl_dhparam {d}/dh.pem;\n"
+        );
+        let dh = Command::new("openssl")
+            .args(["dhparam", "-dsaparam", "-out"])
+            .arg(self.bed.directory().join("dh.pem"))
+            .arg("1024")
+            .output();
+        assert!(dh.is_ok_and(|o| o.status.success()), "openssl dhparam");
+        let root = format!("root {}; add_header X-Node {node} always;", self.bed.root(node).display());
+        let asking = format!(
+            "server {{ listen 444 ssl; {root} {keys} ssl_verify_client optional_no_ca;\n\
+             ssl_client_certificate {d}/rsa.pem; }} }}\n"
+        );
+        let config = config.replace(
+            "listen 80; listen [::]:80;",
+            &format!(
+                "listen 80; listen [::]:80; listen 443 ssl http2; listen [::]:443 ssl http2; {keys} {more}"
+            ),
+        );
+        let end = config.rfind('}').expect("a block");
+        let path = self.bed.file(&format!("{node}-https.conf"), &format!("{}{asking}", &config[..end]));
+        let mut program = self.bed.nginx_configured(node, command, &path);
+        self.bed.wait_listening(node, 443, &mut program);
+        program
+    }
+
+    /// Python's `http.server` with its `ssl` on port 443 of a node.
+    pub fn python(&self, node: &str, mut command: Command) -> Program {
+        let root = self.bed.root(node);
+        if !root.exists() {
+            content::write_all(&root);
+        }
+        let keys = self.bed.directory().join("rsa");
+        command.arg(self.bed.file("https.py", SERVER)).arg(node).arg(root).arg(keys);
+        let mut program = self.bed.start(node, &format!("{node}-python"), &mut command);
+        self.bed.wait_listening(node, 443, &mut program);
+        program
+    }
+
+    /// Runs the client against a port of the host. `suite` is one of [`SUITES`].
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn client(&self, port: u16, suite: Option<Suite>, mut options: Value) -> Value {
+        let script = self.bed.file("client.py", CLIENT);
+        let mut command = Command::new("python3");
+        command.arg(script).args([address("host"), port.to_string()]).arg(self.bed.root("host"));
+        if let Some((version, name)) = suite {
+            options["version"] = json!(version);
+            if version == "TLSv1.3" {
+                command.env("OPENSSL_CONF", self.tls13_only(name));
+            } else {
+                options["ciphers"] = json!(format!("{name}:@SECLEVEL=0"));
+            }
+        }
+        let output = self.bed.run("client", command.arg(options.to_string()));
+        serde_json::from_str(&output).unwrap_or_else(|e| panic!("{e}: {output}"))
+    }
+
+    /// Configuration of an OpenSSL that offers only this suite of TLS 1.3; Python cannot say it otherwise.
+    fn tls13_only(&self, name: &str) -> PathBuf {
+        let text = format!(
+            "openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = default\n[default]\nCiphersuites = {name}\n"
+        );
+        self.bed.file(&format!("{name}.cnf"), &text)
+    }
+
+    /// How often hand-offs were refused for this reason, at the host.
+    #[must_use]
+    pub fn refused(&self, reason: &str) -> u64 {
+        self.counter("refused_by_reason", reason)
+    }
+
+    /// What the host's libraries have counted under this name.
+    #[must_use]
+    pub fn counted(&self, name: &str) -> u64 {
+        self.counter("library", name)
+    }
+
+    fn counter(&self, of: &str, name: &str) -> u64 {
+        let status = self.bed.try_status("host").expect("a daemon that answers");
+        status[of].get(name).and_then(Value::as_u64).unwrap_or(0)
+    }
+
+    /// All that has been counted of connections with TLS, for a message.
+    #[must_use]
+    pub fn about(&self) -> String {
+        let status = self.bed.try_status("host").expect("a daemon that answers");
+        format!("{} {}", status["refused_by_reason"], status["library"])
+    }
+}

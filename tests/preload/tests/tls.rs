@@ -1,0 +1,273 @@
+//! HTTPS connections of a server under the library. A target that cannot serve them yet refuses them after it has opened the first
+//! record with the state that came: so each refusal is a decision made in time, with a state that is right, and after it the host
+//! serves the request as if nothing had been.
+
+use std::io::{Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use xo_tests::program::{enter, wait_for};
+use xo_tests::servers::{PeerdOptions, address};
+use xo_tests::tls::{Https, SUITES};
+
+/// Four requests that would move, three that would not.
+fn steps() -> Value {
+    json!([
+        ["GET", "/loc/64k"],
+        ["GET", "/img/1k"],
+        ["PUT", "/up/a", 100_000],
+        ["GET", "/loc/1"],
+        ["GET", "/img/1m"],
+        ["GET", "/loc/0"],
+        ["GET", "/img/64k"],
+    ])
+}
+const WOULD_MOVE: u64 = 4;
+
+/// All were served at the host, with the right bodies.
+fn assert_served(connections: &Value, at_least: usize) {
+    let all: Vec<_> = connections.as_array().into_iter().flatten().collect();
+    assert!(all.len() >= at_least, "{connections}");
+    for connection in all {
+        for step in connection["steps"].as_array().expect("steps") {
+            assert_eq!(step, &json!(["host", true]), "{connections}");
+        }
+    }
+}
+
+/// Nothing went wrong with any state.
+fn assert_sound(https: &Https) {
+    for reason in ["tls_lost", "tls_library", "tls_pending", "shared", "not_http"] {
+        assert_eq!(https.counted(reason), 0, "{reason}: {}", https.about());
+    }
+    for reason in ["tls_state", "tls_insecure", "peer_timeout", "not_clean"] {
+        assert_eq!(https.refused(reason), 0, "{reason}: {}", https.about());
+    }
+}
+
+#[test]
+fn every_suite_of_both_versions() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    let mut moves = 0;
+    for suite in SUITES {
+        let got = https.client(443, Some(suite), json!({ "steps": steps() }));
+        assert_eq!(got[0]["suite"], suite.1, "{got}");
+        assert_served(&got, 1);
+        moves += WOULD_MOVE;
+        assert_eq!(https.refused("tls_unsupported"), moves, "{suite:?}: {}", https.about());
+        assert_eq!(https.counted("asked"), moves, "{suite:?}: {}", https.about());
+        assert_sound(&https);
+    }
+    assert_eq!(https.bed.status("host", "/offloads_total"), 0);
+    https.bed.wait_idle(&["host", "t1"]);
+}
+
+#[test]
+fn curl() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    let url = |path: &str| format!("https://{}{path}", address("host"));
+    let get = |version: &str, paths: &[&str]| {
+        let mut command = Command::new("curl");
+        command.args(["-sk", "--tlsv1.2", version, "-w", "%{http_version} "]);
+        for path in paths {
+            command.arg(url(path)).args(["-o", "/dev/null"]);
+        }
+        https.bed.run("client", &mut command)
+    };
+    // The whole handshake, request and answer in one go: the request comes right behind the client's Finished.
+    assert_eq!(get("--http1.1", &["/img/64k"]), "1.1 ");
+    assert_eq!(https.refused("tls_unsupported"), 1, "{}", https.about());
+    assert_eq!(get("--http1.1", &["/img/64k", "/loc/1", "/img/1m"]), "1.1 1.1 1.1 ");
+    assert_eq!(https.refused("tls_unsupported"), 3, "{}", https.about());
+    // HTTP/2 stays.
+    assert_eq!(get("--http2", &["/img/64k", "/img/1"]), "2 2 ");
+    assert_eq!(https.refused("tls_unsupported"), 3, "{}", https.about());
+    assert_eq!(https.counted("tls_alpn"), 1, "{}", https.about());
+    assert_sound(&https);
+}
+
+#[test]
+fn resumed_sessions() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx(
+        "host",
+        https.preloaded("host", "nginx"),
+        "ssl_session_cache shared:a:1m; ssl_session_tickets on;",
+    );
+    let mut moves = 0;
+    for suite in SUITES {
+        let got = https.client(443, Some(suite), json!({ "steps": steps(), "connections": 3 }));
+        assert_served(&got, 3);
+        assert_eq!(
+            [&got[0]["resumed"], &got[1]["resumed"], &got[2]["resumed"]],
+            [false, true, true],
+            "{got}"
+        );
+        moves += 3 * WOULD_MOVE;
+        assert_eq!(https.refused("tls_unsupported"), moves, "{suite:?}: {}", https.about());
+        assert_sound(&https);
+    }
+}
+
+#[test]
+fn records_of_one_byte_and_large_uploads() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    let mut moves = 0;
+    for suite in [SUITES[0], SUITES[3], SUITES[5]] {
+        for options in [
+            json!({ "chunk": 1, "steps": [["GET", "/img/1k"], ["PUT", "/up/b", 500], ["GET", "/loc/1"]] }),
+            json!({ "chunk": 1, "pause": 0.001, "steps": [["GET", "/img/1k"], ["PUT", "/up/b", 50], ["GET", "/loc/1"]] }),
+            json!({ "steps": [["PUT", "/up/c", 5_000_000], ["PUT", "/up/c", 5_000_001], ["GET", "/loc/1"]] }),
+        ] {
+            let got = https.client(443, Some(suite), options);
+            assert_served(&got, 1);
+            moves += 2;
+            assert_eq!(https.refused("tls_unsupported"), moves, "{suite:?}: {}", https.about());
+            assert_sound(&https);
+        }
+    }
+}
+
+#[test]
+fn connections_that_stay_are_counted() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    // AES-CBC.
+    let got = https.client(443, Some(("TLSv1.2", "ECDHE-RSA-AES128-SHA256")), json!({ "steps": steps() }));
+    assert_served(&got, 1);
+    assert_eq!(https.counted("tls_suite"), 1, "{}", https.about());
+    // The server wants to know who the client is.
+    let got = https.client(444, None, json!({ "steps": [["GET", "/img/64k"], ["GET", "/img/1"]] }));
+    assert_served(&got, 1);
+    assert_eq!(https.counted("tls_client_cert"), 1, "{}", https.about());
+    assert_eq!(https.counted("asked"), 0, "{}", https.about());
+    assert_sound(&https);
+}
+
+#[test]
+fn new_keys_in_the_middle_of_a_connection() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    let mut moves = 0;
+    for (_, suite) in &SUITES[..3] {
+        let mut client = Interactive::start(&https, suite);
+        // K asks the server for a new key, too; k does not.
+        for command in ["", "K", "k", "K", "K", "", "k"] {
+            if !command.is_empty() {
+                client.say(&format!("{command}\n"), "KEYUPDATE");
+            }
+            client.say("HEAD /img/1k HTTP/1.1\nHost: x\n\n", "X-Node: host");
+            client.say("HEAD /loc/1k HTTP/1.1\nHost: x\n\n", "X-Node: host");
+            moves += 1;
+            assert_eq!(https.refused("tls_unsupported"), moves, "{suite} {command}: {}", https.about());
+        }
+        assert_sound(&https);
+    }
+}
+
+/// `openssl s_client`, spoken to line by line.
+struct Interactive {
+    child: Child,
+    said: Arc<Mutex<String>>,
+}
+
+impl Interactive {
+    fn start(https: &Https, suite: &str) -> Interactive {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "exec openssl s_client -crlf -tls1_3 -ciphersuites \"$1\" -connect \"$2\" 2>&1",
+            "sh",
+        ]);
+        command
+            .arg(suite)
+            .arg(format!("{}:443", address("host")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        enter(&mut command, &https.bed.namespace("client"));
+        let mut child = command.spawn().expect("openssl s_client");
+        let said = Arc::new(Mutex::new(String::new()));
+        let (mut output, all) = (child.stdout.take().expect("its output"), said.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                all.lock().expect("no panic").push_str(&String::from_utf8_lossy(&buffer[..n]));
+            }
+        });
+        let mut client = Interactive { child, said };
+        client.say("", "Verify return code");
+        client
+    }
+
+    /// Says something, and waits for this in the answer.
+    fn say(&mut self, text: &str, answer: &str) {
+        let count = |said: &str| said.matches(answer).count();
+        let before = if text.is_empty() { 0 } else { count(&self.said.lock().expect("no panic")) };
+        let input = self.child.stdin.as_mut().expect("its input");
+        input.write_all(text.as_bytes()).expect("it reads");
+        let answered =
+            wait_for(Duration::from_secs(20), || count(&self.said.lock().expect("no panic")) > before);
+        assert!(answered, "no answer to {text}: {}", self.said.lock().expect("no panic"));
+    }
+}
+
+impl Drop for Interactive {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn python_as_the_server() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _server = https.python("host", https.preloaded("host", "python3"));
+    let mut moves = 0;
+    for suite in [SUITES[0], SUITES[1], SUITES[2], SUITES[3], SUITES[5]] {
+        let got = https.client(443, Some(suite), json!({ "steps": steps(), "connections": 2 }));
+        assert_served(&got, 2);
+        moves += 2 * WOULD_MOVE;
+        assert_eq!(https.refused("tls_unsupported"), moves, "{suite:?}: {}", https.about());
+        assert_sound(&https);
+    }
+}
+
+#[test]
+fn secrets_stay_where_the_channel_is_not_encrypted() {
+    let https = Https::up();
+    let _daemons = ["host", "t1"].map(|node| https.bed.peerd(node, &PeerdOptions::default()));
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    let got = https.client(443, None, json!({ "steps": steps() }));
+    assert_served(&got, 1);
+    assert_eq!(https.refused("tls_insecure"), WOULD_MOVE, "{}", https.about());
+    assert_eq!(https.refused("tls_unsupported"), 0, "{}", https.about());
+}
+
+#[test]
+fn the_servers_own_keylog_goes_on() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let log = https.bed.directory().join("keys.log");
+    let mut command = https.preloaded("host", "python3");
+    command.env("KEYS", &log);
+    let _server = https.python("host", command);
+    let got = https.client(443, Some(SUITES[0]), json!({ "steps": steps() }));
+    assert_served(&got, 1);
+    assert_eq!(https.refused("tls_unsupported"), WOULD_MOVE, "{}", https.about());
+    let lines = std::fs::read_to_string(log).expect("a keylog");
+    for label in ["CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0", "EXPORTER_SECRET"] {
+        assert_eq!(lines.lines().filter(|l| l.starts_with(label)).count(), 1, "{lines}");
+    }
+}
