@@ -133,9 +133,18 @@ impl Https {
     /// When it does not come up.
     #[must_use]
     pub fn up() -> Https {
-        let bed = Bed::up(1, 1);
+        Https::with_targets(1)
+    }
+
+    /// As [`Https::up`], with so many targets.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn with_targets(targets: u32) -> Https {
+        let bed = Bed::up(targets, 1);
         let certs = bed.directory().join("certs");
-        bed.run("host", Command::new(built("xo-peerd")).arg("certs").arg(certs).args(["host", "t1"]));
+        bed.run("host", Command::new(built("xo-peerd")).arg("certs").arg(certs).args(bed.servers()));
         for (name, key) in
             [("rsa", &["rsa:2048"][..]), ("ec", &["ec", "-pkeyopt", "ec_paramgen_curve:P-256"])]
         {
@@ -149,16 +158,21 @@ impl Https {
         Https { bed }
     }
 
-    /// Daemons on both nodes.
+    /// Daemons on all nodes.
     pub fn daemons(&self) -> Vec<Program> {
+        self.daemons_for("# the channel is encrypted", WEB)
+    }
+
+    /// As [`Https::daemons`], with this at the head of their configuration, and these handlers.
+    pub fn daemons_for(&self, head: &str, handlers: &str) -> Vec<Program> {
         let options = |node: &str| {
             let d = self.bed.directory().join("certs");
             let d = d.display();
             let tls =
                 format!("[tls]\nca = \"{d}/ca.pem\"\ncert = \"{d}/{node}.pem\"\nkey = \"{d}/{node}.key\"\n");
-            PeerdOptions { head: "# the channel is encrypted".into(), sections: tls + WEB }
+            PeerdOptions { head: head.into(), sections: tls + handlers }
         };
-        ["host", "t1"].iter().map(|node| self.bed.peerd(node, &options(node))).collect()
+        self.bed.servers().iter().map(|node| self.bed.peerd(node, &options(node))).collect()
     }
 
     /// As [`Bed::preloaded`], with a policy for HTTPS: `/img/` and `/up/` go to the target. Every record that the server sends is
