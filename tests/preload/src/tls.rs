@@ -1,15 +1,18 @@
 //! HTTPS: servers with certificates, daemons with an encrypted channel, and a client that says what it got.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::Bed;
 use crate::bed::built;
 use crate::content;
-use crate::program::Program;
+use crate::program::{Program, enter, wait_for};
 use crate::servers::{PEER_PORT, PeerdOptions, WEB, address};
 
 /// A cipher suite, and the version of TLS that has it.
@@ -244,16 +247,27 @@ impl Https {
         let script = self.bed.file("client.py", CLIENT);
         let mut command = Command::new("python3");
         command.arg(script).args([address("host"), port.to_string()]).arg(self.bed.root("host"));
-        if let Some((version, name)) = suite {
-            options["version"] = json!(version);
-            if version == "TLSv1.3" {
-                command.env("OPENSSL_CONF", self.tls13_only(name));
-            } else {
-                options["ciphers"] = json!(format!("{name}:@SECLEVEL=0"));
-            }
+        if let Some(suite) = suite {
+            options = self.say_suite(&mut command, suite, options);
         }
         let output = self.bed.run("client", command.arg(options.to_string()));
         serde_json::from_str(&output).unwrap_or_else(|e| panic!("{e}: {output}"))
+    }
+
+    /// The client is to offer only this suite.
+    pub(crate) fn say_suite(
+        &self,
+        command: &mut Command,
+        (version, name): Suite,
+        mut options: Value,
+    ) -> Value {
+        options["version"] = json!(version);
+        if version == "TLSv1.3" {
+            command.env("OPENSSL_CONF", self.tls13_only(name));
+        } else {
+            options["ciphers"] = json!(format!("{name}:@SECLEVEL=0"));
+        }
+        options
     }
 
     /// Configuration of an OpenSSL that offers only this suite of TLS 1.3; Python cannot say it otherwise.
@@ -286,5 +300,67 @@ impl Https {
     pub fn about(&self) -> String {
         let status = self.bed.try_status("host").expect("a daemon that answers");
         format!("{} {}", status["refused_by_reason"], status["library"])
+    }
+}
+
+/// `openssl s_client`, spoken to line by line.
+#[derive(Debug)]
+pub struct Interactive {
+    child: Child,
+    said: Arc<Mutex<String>>,
+}
+
+impl Interactive {
+    /// Connects to the host with this suite of TLS 1.3.
+    ///
+    /// # Panics
+    /// When it cannot.
+    #[must_use]
+    pub fn start(https: &Https, suite: &str) -> Interactive {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "exec openssl s_client -crlf -tls1_3 -ciphersuites \"$1\" -connect \"$2\" 2>&1",
+            "sh",
+        ]);
+        command
+            .arg(suite)
+            .arg(format!("{}:443", address("host")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        enter(&mut command, &https.bed.namespace("client"));
+        let mut child = command.spawn().expect("openssl s_client");
+        let said = Arc::new(Mutex::new(String::new()));
+        let (mut output, all) = (child.stdout.take().expect("its output"), said.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                all.lock().expect("no panic").push_str(&String::from_utf8_lossy(&buffer[..n]));
+            }
+        });
+        let mut client = Interactive { child, said };
+        client.say("", "Verify return code");
+        client
+    }
+
+    /// Says something, and waits for this in the answer.
+    ///
+    /// # Panics
+    /// When it does not come.
+    pub fn say(&mut self, text: &str, answer: &str) {
+        let count = |said: &str| said.matches(answer).count();
+        let before = if text.is_empty() { 0 } else { count(&self.said.lock().expect("no panic")) };
+        let input = self.child.stdin.as_mut().expect("its input");
+        input.write_all(text.as_bytes()).expect("it reads");
+        let answered =
+            wait_for(Duration::from_secs(20), || count(&self.said.lock().expect("no panic")) > before);
+        assert!(answered, "no answer to {text}: {}", self.said.lock().expect("no panic"));
+    }
+}
+
+impl Drop for Interactive {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

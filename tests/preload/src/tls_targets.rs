@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::content;
 use crate::program::Program;
 use crate::servers::{PEER_PORT, address};
-use crate::tls::Https;
+use crate::tls::{Https, Suite};
 
 /// Where the targets' servers listen.
 pub const PLAIN: u16 = 8080;
@@ -130,5 +130,116 @@ impl Https {
             let counts = ["refused_total", "failed_total"].map(|key| status[key].as_u64());
             assert_eq!(counts, [Some(0), Some(0)], "{}", self.all_about());
         }
+    }
+}
+
+/// A client that has every record in its own hands: `wire.py ADDRESS PORT ROOT OPTIONS BODY`. BODY is Python; what it leaves in
+/// `result` is printed.
+const WIRE: &str = r#"
+import json, os, socket, ssl, sys, time
+
+address, port, root, options, body = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+if 'version' in options:
+    version = getattr(ssl.TLSVersion, options['version'].replace('.', '_'))
+    context.minimum_version = context.maximum_version = version
+if 'ciphers' in options:
+    context.set_ciphers(options['ciphers'])
+
+class Wire:
+    def __init__(self, rcvbuf=None):
+        self.socket = socket.socket()
+        if rcvbuf:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        self.socket.settimeout(30)
+        self.socket.connect((address, port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname='a.example')
+        self.plain = b''
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self.push(self.outgoing.read())
+                self.pull()
+        self.push(self.outgoing.read())
+
+    # Seals data, in records of at most 16 KiB; nothing is sent.
+    def seal(self, data):
+        self.tls.write(data)
+        return self.outgoing.read()
+
+    def push(self, wire):
+        if wire:
+            self.socket.sendall(wire)
+
+    def pull(self, most=1 << 16):
+        data = self.socket.recv(most)
+        if data:
+            self.incoming.write(data)
+        else:
+            self.incoming.write_eof()
+
+    def more(self):
+        while True:
+            try:
+                data = self.tls.read(1 << 16)
+                self.push(self.outgoing.read())
+                self.plain += data
+                return len(data)
+            except ssl.SSLWantReadError:
+                self.pull()
+
+    # Node, status and body of the next response.
+    def response(self):
+        while b'\r\n\r\n' not in self.plain:
+            assert self.more(), f'the end, after {self.plain!r}'
+        head, self.plain = self.plain.split(b'\r\n\r\n', 1)
+        lines = head.decode().split('\r\n')
+        fields = dict(line.lower().split(': ', 1) for line in lines[1:])
+        length = int(fields.get('content-length', 0))
+        while len(self.plain) < length:
+            assert self.more(), f'the end, after {len(self.plain)} of {length}'
+        got, self.plain = self.plain[:length], self.plain[length:]
+        return fields.get('x-node'), int(lines[0].split()[1]), got
+
+    def get(self, path):
+        self.push(self.seal(request(path)))
+        return self.got(path)
+
+    # The node that answers, when it is the right answer.
+    def got(self, path):
+        node, status, body = self.response()
+        with open(root + path, 'rb') as f:
+            assert status == 200 and f.read() == body, f'{path}: {status}, {len(body)} bytes'
+        return node
+
+def request(path, *fields):
+    return '\r\n'.join([f'GET {path} HTTP/1.1', 'Host: x', *fields, '', '']).encode()
+
+def upload(path, size):
+    data = (bytes(i * 11 % 253 for i in range(65521)) * (size // 65521 + 1))[:size]
+    return f'PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n'.encode() + data, data
+
+result = None
+exec(body)
+print(json.dumps(result))
+"#;
+
+impl Https {
+    /// Runs this Python with a [`WIRE`] of the suite; what it leaves in `result`.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn wire(&self, suite: Suite, body: &str) -> Value {
+        let script = self.bed.file("wire.py", WIRE);
+        let mut command = Command::new("python3");
+        let options = self.say_suite(&mut command, suite, json!({}));
+        command.arg(script).args([address("host"), "443".into()]).arg(self.bed.root("host"));
+        let output = self.bed.run("client", command.arg(options.to_string()).arg(body));
+        serde_json::from_str(&output).unwrap_or_else(|e| panic!("{e}: {output}"))
     }
 }
