@@ -46,7 +46,7 @@ const REPLIES: [&str; 4] = [
     "=7\r\ntxt:abc\r\n!5\r\nERR x\r\n$0\r\n\r\n*0\r\n",
 ];
 
-const POLICIES: [&str; 4] = [
+const POLICIES: [&str; 7] = [
     "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
      balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
      header = { name = \"x\", value = \"y\" }\nto = [\"t1\"]\n[[rule]]\npath_regex = \"^/v[0-9]+\"\npath_exact = \"/a\"\nto = [\"t1\"]\n",
@@ -54,6 +54,19 @@ const POLICIES: [&str; 4] = [
     "listen = [80]\0\0t1=10.3.0.2:7400\0/ => t3",
     "listen = [80, { port = 6379, protocol = \"redis\" }]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\n\
      slots = [\"0-5460\", \"7000\"]\nto = [\"t1\"]\n\06379/redis\0t1=10.3.0.2:7400\0slots=0-5460|7000 => t1",
+    "listen = [{ port = 6379, protocol = \"redis\" }]\n[targets]\nt1 = \"10.3.0.2:7400\"\nt2 = \"10.4.0.2:7400\"\n[[rule]]\n\
+     slots = [\"0-16383\"]\nto = [\"local\", { name = \"t1\", weight = 3 }, \"t2\"]\nbalance = \"hash\"\nkey = \"slot\"\n\
+     handler = \"redis\"\nsticky = false\n",
+    "\080,6379/redis\0t1=10.3.0.2:7400,t2=10.4.0.2:7400\0slots=0-8191 => local,t1,t2*3 %hash(slot) @redis; slots=8192-16383 => t2; \
+     /img/ => t1 %hash(path)",
+    "listen = [80]\n[targets]\nt1 = \"10.3.0.2:7400\"\nt2 = \"10.4.0.2:7400\"\n[[rule]]\npath_prefix = \"/\"\n\
+     to = [\"t1\", { name = \"t2\", weight = 3 }]\nbalance = \"least_loaded\"\nsticky = \"balanced\"\nimbalance = 50\n",
+];
+
+const POOLS: [&str; 3] = [
+    "{\"type\":\"hello\",\"version\":1,\"capacity\":64}\n\0\0\0{\"type\":\"done\",\"connection\":2}\n\0{\"type\":\"done\",\"connection\":2}\n",
+    "{\"type\":\"hello\",\"version\":1,\"capacity\":1}\0{\"type\":\"capacity\",\"capacity\":0}\0{\"type\":\"hello\",\"version\":1,\"capacity\":1}",
+    "{\"type\":\"done\",\"connection\":1}\0{\"type\":\"hello\",\"version\":2,\"capacity\":1048577}",
 ];
 
 /// Some state of TLS 1.3.
@@ -268,6 +281,7 @@ fn main() {
         ("resp_reply", with(&[3, 4, 30, 255, 2], &REPLIES)),
         ("wire", wire()),
         ("policy", with(&[], &POLICIES)),
+        ("pool", with(&[], &POOLS)),
         ("packet", packets()),
         ("handoff", handoffs()),
         ("tls_record", tls_records().into_iter().chain(keylog()).collect()),

@@ -1,11 +1,12 @@
-//! Policies from a file and from one-liners, applied to requests; errors are within the text.
+//! Policies from a file and from one-liners, applied to requests of both protocols; errors are within the text.
 //!
 //! Input: up to four parts between NUL bytes: file, XO_LISTEN, XO_TARGETS, XO_RULES; an empty one is not given.
 #![no_main]
 
 use libfuzzer_sys::{Corpus, fuzz_target};
 use xo_proto::http::{Head, parse_head};
-use xo_proto::policy::{Candidate, Decision, Here, Pick, Policy, PolicyError, View};
+use xo_proto::policy::{Candidate, Choice, Decision, Here, Pick, Policy, PolicyError, View};
+use xo_proto::resp::{Command, Requests};
 
 const REQUESTS: [&str; 4] = [
     "GET /img/a?b HTTP/1.1\r\nHost: www.example.org:80\r\nX: y\r\n\r\n",
@@ -13,6 +14,9 @@ const REQUESTS: [&str; 4] = [
     "POST http://a.example/ HTTP/1.1\r\n\r\n",
     "OPTIONS * HTTP/1.0\r\nHost:\r\n\r\n",
 ];
+
+/// Slots 12182, 5061 and 5061, 0, several, none.
+const COMMANDS: &str = "GET foo\r\nMGET bar {bar}2\r\nGET {06S}\r\nMGET foo bar\r\nPING\r\n";
 
 struct T2IsOut;
 
@@ -37,16 +41,31 @@ impl View for T2IsOut {
 fn apply(policy: &Policy) {
     for request in REQUESTS {
         let Head::Complete(head) = parse_head(request.as_bytes()) else { panic!("{request:?} is refused") };
-        let Decision::Choose(choice) = policy.decide(&head) else { continue };
-        for (node, guest) in [("t1", true), ("t1", false), ("elsewhere", true), ("elsewhere", false)] {
-            for (placed, recalled) in [(false, false), (true, false), (false, true), (true, true)] {
-                let here = Here { node, guest, placed, recalled };
-                match choice.pick(&here, &T2IsOut) {
-                    Pick::To(c) => assert!(c.name != node && c.name != "t2" && choice.candidates.contains(c)),
-                    Pick::Here => assert!(!recalled),
-                    Pick::Home => assert!(guest || recalled),
-                    Pick::Nowhere => assert!(!recalled),
-                }
+        if let Decision::Choose(choice) = policy.decide(&head) {
+            pick(&choice);
+        }
+    }
+    let mut commands = 0;
+    let look = |command: &Command| {
+        commands += 1;
+        if let Decision::Choose(choice) = policy.decide(command) {
+            pick(&choice);
+        }
+        false
+    };
+    let _ = Requests::default().look(COMMANDS.as_bytes(), false, look, |_| ());
+    assert!(commands >= 3, "{commands}");
+}
+
+fn pick(choice: &Choice<'_>) {
+    for (node, guest) in [("t1", true), ("t1", false), ("elsewhere", true), ("elsewhere", false)] {
+        for (placed, recalled) in [(false, false), (true, false), (false, true), (true, true)] {
+            let here = Here { node, guest, placed, recalled };
+            match choice.pick(&here, &T2IsOut) {
+                Pick::To(c) => assert!(c.name != node && c.name != "t2" && choice.candidates.contains(c)),
+                Pick::Here => assert!(!recalled),
+                Pick::Home => assert!(guest || recalled),
+                Pick::Nowhere => assert!(!recalled),
             }
         }
     }

@@ -62,6 +62,8 @@ class Bed:
         self.targets = self.nodes[1:]
         self.tls = tls
         self.programs = []
+        # The last program of each name.
+        self.named = {}
         self.directory = None
 
     def __enter__(self):
@@ -171,6 +173,7 @@ class Bed:
                 preexec_fn=in_child,
             )
         self.programs.append(program)
+        self.named[name] = program
         return program
 
     def stop(self, program):
@@ -178,6 +181,15 @@ class Bed:
         self.programs.remove(program)
         program.terminate()
         program.wait()
+
+    def processes(self, node):
+        """Daemon and server of a node, with the server's workers."""
+        found = []
+        for name in (f"{node}-peerd", f"{node}-nginx"):
+            if (program := self.named.get(name)) is not None:
+                children = pathlib.Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text()
+                found += [program.pid, *map(int, children.split())]
+        return found
 
     def log(self, name):
         """The end of a program's log."""
@@ -284,6 +296,11 @@ class Bed:
     def all_counters(self):
         """Counters of all nodes and the client."""
         return {node: self.counters(node) for node in ["client", *self.nodes]}
+
+
+def cpu_ns(process):
+    """Time that a process has spent on a processor."""
+    return int(pathlib.Path(f"/proc/{process}/schedstat").read_text().split()[0])
 
 
 def difference(before, after):

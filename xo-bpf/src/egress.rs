@@ -31,7 +31,7 @@ pub fn xo_egress(ctx: TcContext) -> i32 {
             count(Path::Unparsed);
             return TC_ACT_UNSPEC;
         }
-        Err(NoFlow::Foreign) => return TC_ACT_UNSPEC,
+        Err(NoFlow::Foreign | NoFlow::Icmp(_)) => return TC_ACT_UNSPEC,
     };
     let Some(entry) = REWRITES.get_ptr_mut(&packet.key) else {
         if packet.flags & RST != 0 && is_elsewhere(&packet) {
@@ -55,7 +55,7 @@ pub fn xo_egress(ctx: TcContext) -> i32 {
         add(&raw mut entry.bytes, length);
         entry.last_ns = bpf_ktime_get_ns();
     }
-    if rewrite(&ctx, &packet, Direction::ToClient, &from, port).is_err() {
+    if rewrite(&ctx, &packet, Direction::ToClient, &from, port, packet.hops).is_err() {
         count(Path::RewriteFailed);
         return TC_ACT_SHOT;
     }

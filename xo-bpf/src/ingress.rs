@@ -9,10 +9,13 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
 use aya_ebpf::programs::TcContext;
-use xo_bpf_abi::{Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, HeldHeader, Path};
+use xo_bpf_abi::{
+    Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, HeldHeader, MAX_HOPS, NextHop, Path,
+};
 
 use crate::count::{add, count};
 use crate::packet::{ACK, Direction, FIN, NoFlow, Packet, RST, SYN, parse, rewrite};
+use crate::quote;
 
 /// Longest packet that is held, bytes from the network header on: a full aggregate. A power of two, so that
 /// a mask can prove the bound to the verifier.
@@ -44,6 +47,7 @@ pub fn xo_ingress(ctx: TcContext) -> i32 {
             count(Path::Unparsed);
             TC_ACT_UNSPEC
         }
+        Err(NoFlow::Icmp(ip)) => quote::steer(&ctx, ip),
         Err(NoFlow::Foreign) => TC_ACT_UNSPEC,
     }
 }
@@ -69,6 +73,8 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
     let closing = if packet.flags & FIN != 0 { FLAG_CLIENT_FIN } else { 0 }
         | if packet.flags & RST != 0 { FLAG_CLIENT_RST } else { 0 };
     let length = (ctx.len() as usize).saturating_sub(packet.ip) as u32;
+    // SAFETY: no arguments.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
     // SAFETY: aligned fields of a live map value.
     unsafe {
         if closing != 0 {
@@ -76,7 +82,7 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         }
         add(&raw mut entry.packets, 1);
         add(&raw mut entry.bytes, length.into());
-        entry.last_ns = bpf_ktime_get_ns();
+        entry.last_ns = now_ns;
     }
     if entry.action == Action::Hold as u32 {
         let kept = hold(ctx, packet, entry.flow_id, length);
@@ -84,17 +90,63 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         return TC_ACT_SHOT;
     }
     let (to, port) = (entry.to_addr, entry.to_port);
-    if rewrite(ctx, packet, Direction::FromClient, &to, port).is_err() {
+    let away = entry.action == Action::Redirect as u32;
+    let Some(hops) = hops_left(packet.hops, away) else {
+        count(Path::Expired);
+        return TC_ACT_SHOT;
+    };
+    if rewrite(ctx, packet, Direction::FromClient, &to, port, hops).is_err() {
         count(Path::RedirectFailed);
         return TC_ACT_SHOT;
     }
-    if entry.action == Action::Deliver as u32 {
+    if !away {
         count(Path::Delivered);
         return TC_ACT_UNSPEC;
     }
     count(Path::Redirected);
+    send_on(ctx, &to, now_ns)
+}
+
+/// The time to live with which a packet goes on: one less if it goes to another machine, as at any router, so that nothing can
+/// circle for ever. The local stack would not say "time exceeded" of what is addressed to it: none left, no packet.
+#[inline(always)]
+pub fn hops_left(hops: u8, away: bool) -> Option<u8> {
+    match (away, hops) {
+        (false, _) => Some(hops),
+        (true, 0 | 1) => None,
+        (true, _) => Some(hops - 1),
+    }
+}
+
+#[map]
+static HOPS: HashMap<[u32; 4], NextHop> = HashMap::with_max_entries(MAX_HOPS, BPF_F_NO_PREALLOC);
+
+/// `struct bpf_redir_neigh` (linux/bpf.h).
+#[repr(C)]
+struct Neighbour {
+    family: u32,
+    address: [u32; 4],
+}
+
+/// Sends the packet where its new destination is. Where the daemon has told the way, the kernel need not look for a route, which
+/// is the dearest part, and which it does on the interface that the packet has come in by only.
+#[inline(always)]
+pub fn send_on(ctx: &TcContext, to: &[u32; 4], now_ns: u64) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: a field of the program's own context. What has come under a tag leaves under it, by the same interface.
+    let untagged = unsafe { (*skb).vlan_present == 0 };
+    // SAFETY: map values live while the program runs; user space writes them whole.
+    if untagged
+        && let Some(hop) = HOPS.get_ptr(to).map(|hop| unsafe { &*hop })
+        && now_ns < hop.until_ns
+    {
+        let mut neighbour = Neighbour { family: hop.family, address: hop.address };
+        let size = size_of::<Neighbour>() as i32;
+        // SAFETY: a local of this length.
+        return unsafe { bpf_redirect_neigh(hop.interface, (&raw mut neighbour).cast(), size, 0) as i32 };
+    }
     // SAFETY: no pointer is passed: the kernel resolves route and neighbour from the packet.
-    unsafe { bpf_redirect_neigh((*ctx.skb.skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    unsafe { bpf_redirect_neigh((*skb).ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// Copies the packet into the ring.

@@ -9,6 +9,7 @@ mod count;
 mod egress;
 mod ingress;
 mod packet;
+mod quote;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -175,19 +175,26 @@ impl Engine {
         Ok(())
     }
 
-    /// The next process in turn that can accept a connection of this client on this port, with TLS or without: its number and
-    /// the address it listens on.
+    /// The next process in turn that can accept a connection of this client on this port, with TLS (and come home with it) or
+    /// without: its number and the address it listens on.
     pub(crate) fn pick_acceptor(
         &mut self,
         port: u16,
         client: SocketAddr,
-        tls: bool,
+        tls: [bool; 2],
     ) -> Option<(usize, SocketAddr)> {
+        // A server with TLS of its own begins with a handshake, which its library must have taken part in before.
+        let answers = |a: &Acceptor| {
+            let slots = self.libraries.get(a.library).and_then(|l| l.slots.as_ref());
+            slots.is_some_and(|slots| slots.answers_for_tls())
+        };
+        let [comes_with, comes_home] = tls;
+        let can = |a: &Acceptor| (a.tls || !comes_with) && (!comes_home || answers(a));
         let native = |a: &Acceptor| a.address.is_ipv4() == client.is_ipv4();
         let dual = |a: &Acceptor| a.address.is_ipv6() && !a.v6only && client.is_ipv4();
         let turn = self.next_acceptor;
         let next = |fits: &dyn Fn(&Acceptor) -> bool| {
-            let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a) && (a.tls || !tls));
+            let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a) && can(a));
             let first = all.clone().next();
             all.find(|(i, _)| *i >= turn).or(first).map(|(i, a)| (i, a.address))
         };
@@ -216,7 +223,8 @@ impl Engine {
         client: SocketAddr,
         socket: OwnedFd,
     ) -> io::Result<()> {
-        let tls = self.served.get(key).is_some_and(|s| s.tls.is_some());
+        let served = self.served.get(key);
+        let tls = served.map_or([false; 2], |s| [s.tls.is_some(), s.tls.is_some() && s.origin.here]);
         let still = picked.filter(|n| self.acceptors.get(*n).is_some_and(|a| a.address.port() == port));
         let number = still
             .or_else(|| self.pick_acceptor(port, client, tls).map(|(number, _)| number))

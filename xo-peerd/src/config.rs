@@ -16,6 +16,10 @@ use crate::reload::Loaded;
 
 /// Where the daemon listens for libraries by default.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
+/// Most workers that a pool starts.
+const MAX_WORKERS: u32 = 1024;
+/// Longest path of a Unix socket, bytes (unix(7), `sun_path` with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
 /// Where the embedded daemon takes its certificates from.
 const DEFAULT_TLS: &str = "/etc/xo";
 
@@ -95,6 +99,15 @@ pub(crate) enum HandlerMode {
     Exec {
         /// Program and arguments.
         command: Vec<String>,
+    },
+    /// By long-lived processes that are passed the sockets.
+    Pool {
+        /// Program and arguments; empty: operators start the workers.
+        command: Vec<String>,
+        /// As many are started.
+        workers: u32,
+        /// Where workers that the daemon has not started connect.
+        socket: Option<PathBuf>,
     },
 }
 
@@ -182,8 +195,10 @@ struct File {
 struct FileHandler {
     name: Spanned<String>,
     mode: Mode,
-    port: Option<u16>,
+    port: Option<Spanned<u16>>,
     command: Option<Spanned<Vec<String>>>,
+    workers: Option<Spanned<u32>>,
+    socket: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Deserialize, Clone, Copy, PartialEq)]
@@ -191,6 +206,7 @@ struct FileHandler {
 enum Mode {
     Attach,
     Exec,
+    Pool,
 }
 
 #[derive(Deserialize, Default)]
@@ -283,7 +299,8 @@ impl File {
         if let Some(tls) = self.tls.as_ref().filter(|_| self.insecure) {
             return Err(fail(tls.span().start, "[tls] has no effect with `insecure = true`".into()));
         }
-        let mut names = HashSet::new();
+        let socket = self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into());
+        let (mut names, mut taken) = (HashSet::new(), vec![socket.clone()]);
         let mut handlers = Vec::new();
         for handler in self.handler {
             let (start, handler) = (handler.span().start, handler.into_inner());
@@ -294,7 +311,7 @@ impl File {
                 let message = format!("a second handler `{}`", handler.name.get_ref());
                 return Err(fail(handler.name.span().start, message));
             }
-            handlers.push(handler.checked(start, fail)?);
+            handlers.push(handler.checked(start, &mut taken, fail)?);
         }
         let users = self.users.iter().map(|name| {
             user_id(name.get_ref())
@@ -306,7 +323,7 @@ impl File {
             users: users.collect::<Result<_, _>>()?,
             node,
             listen: self.listen,
-            socket: self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
+            socket,
             interfaces: self.interfaces.into_iter().map(Spanned::into_inner).collect(),
             addresses: self.addresses,
             policy,
@@ -321,26 +338,81 @@ impl File {
 }
 
 impl FileHandler {
-    fn checked(self, start: usize, fail: Fail<'_>) -> Result<Handler, ConfigError> {
-        let mode = match (self.mode, self.port, self.command) {
-            (Mode::Attach, Some(port), None) if port != 0 => HandlerMode::Attach { port },
-            (Mode::Attach, _, None) => return Err(fail(start, "mode `attach` needs a `port`".into())),
-            (Mode::Exec, None, Some(command)) => {
-                let at = command.span().start;
-                let command = command.into_inner();
-                if !command.first().is_some_and(|p| is_program(Path::new(p))) {
-                    return Err(fail(at, "`command` begins with the absolute path of a program".into()));
-                }
-                HandlerMode::Exec { command }
+    /// `taken`: sockets that the file has named before, this handler's is added.
+    fn checked(self, start: usize, taken: &mut Vec<PathBuf>, fail: Fail<'_>) -> Result<Handler, ConfigError> {
+        let (name, allowed): (_, &[&str]) = match self.mode {
+            Mode::Attach => ("attach", &["port"]),
+            Mode::Exec => ("exec", &["command"]),
+            Mode::Pool => ("pool", &["command", "workers", "socket"]),
+        };
+        let given = [
+            ("port", self.port.as_ref().map(Spanned::span)),
+            ("command", self.command.as_ref().map(Spanned::span)),
+            ("workers", self.workers.as_ref().map(Spanned::span)),
+            ("socket", self.socket.as_ref().map(Spanned::span)),
+        ];
+        for (key, at) in given {
+            if let Some(at) = at.filter(|_| !allowed.contains(&key)) {
+                return Err(fail(at.start, format!("mode `{name}` has no `{key}`")));
             }
-            (Mode::Exec, _, None) => return Err(fail(start, "mode `exec` needs a `command`".into())),
-            (Mode::Attach, _, Some(command)) => {
-                return Err(fail(command.span().start, "mode `attach` has no `command`".into()));
+        }
+        let command = self.command.map(|c| program(c, fail)).transpose()?;
+        let mode = match (self.mode, self.port.map(Spanned::into_inner), command) {
+            (Mode::Attach, Some(port), _) if port != 0 => HandlerMode::Attach { port },
+            (Mode::Attach, ..) => return Err(fail(start, "mode `attach` needs a `port`".into())),
+            (Mode::Exec, _, Some(command)) => HandlerMode::Exec { command },
+            (Mode::Exec, ..) => return Err(fail(start, "mode `exec` needs a `command`".into())),
+            (Mode::Pool, _, None) if self.socket.is_none() => {
+                return Err(fail(start, "mode `pool` needs a `command`, or a `socket`".into()));
             }
-            (Mode::Exec, Some(_), _) => return Err(fail(start, "mode `exec` has no `port`".into())),
+            (Mode::Pool, _, command) => {
+                let workers = workers(self.workers, command.is_some(), fail)?;
+                let socket = self.socket.map(|s| unix_socket(s, taken, fail)).transpose()?;
+                HandlerMode::Pool { command: command.unwrap_or_default(), workers, socket }
+            }
         };
         Ok(Handler { name: self.name.into_inner(), mode })
     }
+}
+
+fn program(command: Spanned<Vec<String>>, fail: Fail<'_>) -> Result<Vec<String>, ConfigError> {
+    let at = command.span().start;
+    let command = command.into_inner();
+    if !command.first().is_some_and(|p| is_program(Path::new(p))) {
+        return Err(fail(at, "`command` begins with the absolute path of a program".into()));
+    }
+    Ok(command)
+}
+
+/// How many workers a pool starts.
+fn workers(said: Option<Spanned<u32>>, has_command: bool, fail: Fail<'_>) -> Result<u32, ConfigError> {
+    let Some(said) = said else { return Ok(u32::from(has_command)) };
+    if !has_command {
+        return Err(fail(said.span().start, "`workers` without a `command` to start them by".into()));
+    }
+    if !(1..=MAX_WORKERS).contains(said.get_ref()) {
+        return Err(fail(said.span().start, format!("`workers` is 1 to {MAX_WORKERS}")));
+    }
+    Ok(said.into_inner())
+}
+
+/// The path of a socket that nothing else in the file has.
+fn unix_socket(
+    path: Spanned<PathBuf>,
+    taken: &mut Vec<PathBuf>,
+    fail: Fail<'_>,
+) -> Result<PathBuf, ConfigError> {
+    let at = path.span().start;
+    let path = path.into_inner();
+    if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_PATH {
+        let message = format!("`socket` is an absolute path of at most {MAX_SOCKET_PATH} bytes");
+        return Err(fail(at, message));
+    }
+    if taken.contains(&path) {
+        return Err(fail(at, format!("a second socket {}", path.display())));
+    }
+    taken.push(path.clone());
+    Ok(path)
 }
 
 impl FileLimits {

@@ -23,6 +23,7 @@ use crate::engine::{Engine, Parts};
 use crate::links;
 use crate::metrics::Metrics;
 use crate::metrics_http::{self, Published};
+use crate::pool::Pools;
 use crate::state::State;
 use crate::steer::Steer;
 use crate::steer::pin::{Pins, Sizes};
@@ -116,6 +117,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         tls,
         hello,
         state,
+        pools: Pools::open(&config)?,
         targets: Targets::new().map_err(|e| format!("the board: {e}"))?,
         // Numbers of an earlier life of this daemon must not be met again.
         first_id: u64::from(epoch) << 32,

@@ -1,8 +1,10 @@
 //! Warm connections to targets: opened at the first request, kept, reopened with a growing pause.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use log::Level;
 use mio::net::TcpStream;
 use xo_proto::handoff::{HostEvent, HostState};
 use xo_proto::reason::Reason;
@@ -32,6 +34,8 @@ pub(crate) struct Dial {
     pause: Duration,
     /// The last attempt has failed, or the connection.
     failed: bool,
+    /// Since when it has been said that the target cannot be reached: not again with each attempt.
+    said: Option<Instant>,
 }
 
 impl Dial {
@@ -44,6 +48,7 @@ impl Dial {
             not_before: now,
             pause: FIRST_PAUSE,
             failed: false,
+            said: None,
         }
     }
 
@@ -148,7 +153,7 @@ impl Engine {
                 self.at(deadline, Timer::Dial(node.to_owned()));
             }
             Err(e) => {
-                log::warn!("peer {node} at {address}: {e}");
+                self.say_away(node, &e);
                 self.dial_failed(node);
             }
         }
@@ -160,7 +165,7 @@ impl Engine {
         let (index, give_up, now) = (dial.index, dial.give_up, Instant::now());
         match (index, give_up) {
             (Some(index), Some(when)) if now >= when && !self.peers.get(index).is_some_and(Peer::usable) => {
-                log::warn!("peer {node} at {}: no answer in time", dial.address);
+                self.say_away(node, &"no answer in time");
                 if let Some(mut peer) = self.peers.try_remove(index) {
                     let _ = self.poll.registry().deregister(peer.stream());
                 }
@@ -171,6 +176,14 @@ impl Engine {
             }
             _ => {}
         }
+    }
+
+    /// An attempt has failed. Said once for each outage, however long it lasts.
+    pub(crate) fn say_away(&mut self, node: &str, why: &dyn Display) {
+        let Some(dial) = self.dials.get_mut(node) else { return };
+        let level = if dial.said.is_some() { Level::Debug } else { Level::Warn };
+        log::log!(level, "peer {node} at {}: {why}", dial.address);
+        dial.said.get_or_insert_with(Instant::now);
     }
 
     /// A connection that we had opened, or tried to, is gone.
@@ -193,7 +206,10 @@ impl Engine {
     /// A peer has said hello.
     pub(crate) fn peer_up(&mut self, index: usize) {
         let Some(node) = self.node_of(index) else { return };
-        log::info!("peer {node}: connected");
+        match self.dials.get_mut(&*node).and_then(|d| d.said.take()) {
+            Some(since) => log::info!("peer {node}: connected again after {:.1?}", since.elapsed()),
+            None => log::info!("peer {node}: connected"),
+        }
         if let Some(probe) = self.peers.get_mut(index).and_then(Peer::next_probe) {
             self.send_to(index, &probe);
         }

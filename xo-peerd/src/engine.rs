@@ -37,6 +37,7 @@ use crate::ipc::Library;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::peer::{Peer, PeerError};
+use crate::pool::Pools;
 use crate::recent::Recent;
 use crate::reload::PolicyFile;
 use crate::restore::Entry;
@@ -47,12 +48,18 @@ use crate::targets::Targets;
 use crate::tls::Tls;
 
 const IPC_LISTENER: Token = Token(0);
-const PEER_LISTENER: Token = Token(4);
-const SIGNALS: Token = Token(8);
-const WAKER: Token = Token(12);
+const PEER_LISTENER: Token = Token(1 << KIND_BITS);
+const SIGNALS: Token = Token(2 << KIND_BITS);
+const WAKER: Token = Token(3 << KIND_BITS);
+const ROUTES: Token = Token(4 << KIND_BITS);
+/// The lowest bits of a token: what it is. The others: which.
+const KIND_BITS: u32 = 3;
+const KINDS: usize = (1 << KIND_BITS) - 1;
 const KIND_LIBRARY: usize = 1;
 const KIND_PEER: usize = 2;
 const KIND_ACCEPTOR: usize = 3;
+const KIND_WORKER: usize = 4;
+const KIND_POOL: usize = 5;
 
 /// Sockets of each family that are made in advance.
 const SPARE_SOCKETS: usize = 8;
@@ -66,6 +73,15 @@ const EMBEDDED_IDLE: Duration = Duration::from_secs(5);
 
 /// Key of a hand-off on the target: the host's node name and its number there.
 pub(crate) type ServedKey = (Rc<str>, HandoffId);
+
+const fn token(kind: usize, index: usize) -> Token {
+    Token(index << KIND_BITS | kind)
+}
+
+/// For a worker's channel.
+pub(crate) fn worker_token(index: usize) -> Token {
+    token(KIND_WORKER, index)
+}
 
 /// A message that was late by this is not older than what may start a connection, or keep it.
 pub(crate) fn is_fresh(late: Option<Duration>) -> bool {
@@ -87,7 +103,7 @@ pub(crate) enum Timer {
     Dial(String),
     /// Packets may have been held while HOLD became REDIRECT.
     DrainHeld,
-    /// It is settled that a guest is here, which its server has asked to move.
+    /// It is settled that a guest is here, which its server has asked to move; or known by now whether a channel is quick.
     Settled(HandoffId),
     /// No packet comes by a detour any more.
     Linger(HandoffId),
@@ -95,6 +111,8 @@ pub(crate) enum Timer {
     Detour(ServedKey),
     /// A wake-up connection has not been taken.
     Waiting(u16),
+    /// A worker has said much; there is more.
+    Worker(usize),
     /// Look for closed connections.
     Tick,
 }
@@ -131,12 +149,13 @@ pub(crate) struct Engine {
     pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
-    /// Deliveries of withdrawn connections, until their processes close them.
+    /// Deliveries of connections that were withdrawn or have left, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
     pub(crate) wake_later: VecDeque<WakeLater>,
+    pub(crate) pools: Pools,
     pub(crate) spawner: Spawner,
     pub(crate) spare: SpareSockets,
     pub(crate) next_id: HandoffId,
@@ -148,7 +167,7 @@ pub(crate) struct Engine {
     pub(crate) past_counters: [u64; COUNTERS],
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
     /// Connections wait that could not be accepted: no descriptor was left. Nothing tells when there is one.
-    accept_again: bool,
+    pub(crate) accept_again: bool,
     ipc_listener: Socket,
     peer_listener: Option<TcpListener>,
     signals: UnixStream,
@@ -175,6 +194,7 @@ pub(crate) struct Parts {
     pub(crate) hello: Hello,
     pub(crate) state: State,
     pub(crate) targets: Targets,
+    pub(crate) pools: Pools,
     pub(crate) first_id: HandoffId,
     pub(crate) mtu: usize,
     pub(crate) ipc_listener: Socket,
@@ -194,8 +214,13 @@ impl Engine {
             IPC_LISTENER,
             Interest::READABLE,
         )?;
+        for (number, socket) in parts.pools.sockets() {
+            let source = &mut SourceFd(&socket.as_raw_fd());
+            registry.register(source, token(KIND_POOL, number), Interest::READABLE)?;
+        }
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.steer.routes_fd()), ROUTES, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
@@ -232,6 +257,7 @@ impl Engine {
             next_acceptor: 0,
             waiting: HashMap::new(),
             wake_later: VecDeque::new(),
+            pools: parts.pools,
             spawner: Spawner::start(waker)?,
             spare: SpareSockets::default(),
             next_id: parts.first_id,
@@ -300,10 +326,18 @@ impl Engine {
             PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
             WAKER => self.on_spawned(),
-            Token(t) if t & 3 == KIND_LIBRARY => self.library_ready(t >> 2),
-            Token(t) if t & 3 == KIND_PEER => self.peer_ready(t >> 2, event.is_writable()),
-            Token(t) if t & 3 == KIND_ACCEPTOR => self.acceptor_ready(t >> 2, event.is_read_closed()),
-            Token(_) => {}
+            ROUTES => self.steer.routes_changed(),
+            Token(t) => {
+                let index = t >> KIND_BITS;
+                match t & KINDS {
+                    KIND_LIBRARY => self.library_ready(index),
+                    KIND_PEER => self.peer_ready(index, event.is_writable()),
+                    KIND_ACCEPTOR => self.acceptor_ready(index, event.is_read_closed()),
+                    KIND_WORKER => self.worker_ready(index),
+                    KIND_POOL => self.accept_workers(index, Level::Error),
+                    _ => {}
+                }
+            }
         }
     }
 
@@ -346,6 +380,7 @@ impl Engine {
                 Timer::Linger(id) => self.host_event(id, HostEvent::LingerOver),
                 Timer::Detour(key) => self.detour_deadline(&key),
                 Timer::Waiting(port) => self.waiting_deadline(port),
+                Timer::Worker(index) => self.worker_ready(index),
                 Timer::Tick => self.tick(now),
             }
         }
@@ -353,15 +388,19 @@ impl Engine {
 
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        self.look_at_pools(now);
         self.look_at_targets(now);
         self.look_at_policy(now);
         if std::mem::take(&mut self.accept_again) {
             self.accept_libraries(Level::Debug);
             self.accept_peers(Level::Debug);
+            let pools: Vec<_> = self.pools.sockets().map(|(number, _)| number).collect();
+            pools.into_iter().for_each(|number| self.accept_workers(number, Level::Debug));
         }
         if now.duration_since(self.last_probe) > PROBE_EVERY {
             self.last_probe = now;
             self.probe_peers();
+            self.steer.refresh_ways();
         }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;
@@ -388,7 +427,7 @@ impl Engine {
             match self.ipc_listener.accept() {
                 Ok((socket, _)) => {
                     let entry = self.libraries.vacant_entry();
-                    let token = Token(entry.key() << 2 | KIND_LIBRARY);
+                    let token = token(KIND_LIBRARY, entry.key());
                     match Library::new(OwnedFd::from(socket)) {
                         Ok(library) => {
                             let fd = library.fd();
@@ -396,7 +435,7 @@ impl Engine {
                             let source = &mut SourceFd(&fd);
                             if let Err(e) = self.poll.registry().register(source, token, Interest::READABLE) {
                                 log::error!("registering a library's socket: {e}");
-                                self.libraries.remove(token.0 >> 2);
+                                self.libraries.remove(token.0 >> KIND_BITS);
                             }
                         }
                         Err(e) => log::warn!("a library's connection: {e}"),
@@ -440,14 +479,14 @@ impl Engine {
     /// Watches an acceptor's channel for room and for its end.
     pub(crate) fn watch_acceptor(&self, index: usize, fd: RawFd) -> io::Result<()> {
         let interest = Interest::READABLE | Interest::WRITABLE;
-        self.poll.registry().register(&mut SourceFd(&fd), Token(index << 2 | KIND_ACCEPTOR), interest)
+        self.poll.registry().register(&mut SourceFd(&fd), token(KIND_ACCEPTOR, index), interest)
     }
 
     /// Registers a peer connection; returns its index.
     pub(crate) fn add_peer(&mut self, mut peer: Peer) -> io::Result<usize> {
         peer.serial = self.next_serial();
         let index = self.peers.insert(peer);
-        let token = Token(index << 2 | KIND_PEER);
+        let token = token(KIND_PEER, index);
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(e) = self.poll.registry().register(self.peers[index].stream(), token, interest) {
             self.peers.remove(index);
@@ -494,6 +533,10 @@ impl Engine {
             PeerMessage::Pong(number) => {
                 if let Some(peer) = self.peers.get_mut(index) {
                     peer.probed(number);
+                    let waiting = std::mem::take(&mut peer.waiting);
+                    for id in waiting {
+                        self.start_when_settled(id);
+                    }
                 }
             }
             PeerMessage::Load(load) => self.on_load(index, load),
@@ -547,6 +590,7 @@ impl Engine {
         peer.discard_unsent();
         match error {
             PeerError::Closed if peer.usable() => log::info!("peer {}: {error}", peer.name()),
+            _ if !peer.usable() && peer.dialled.is_some() => self.say_away(&peer.name(), error),
             _ => log::warn!("peer {}: {error}", peer.name()),
         }
         if let Some(hello) = &peer.hello {
@@ -555,6 +599,9 @@ impl Engine {
         }
         if let Some((node, _)) = peer.dialled {
             self.dial_failed(&node);
+        }
+        for id in peer.waiting {
+            self.start_when_settled(id);
         }
     }
 }

@@ -1,8 +1,9 @@
-//! Handler mode `exec`: one new process for each connection, with the connection as standard input and output.
+//! Handler mode `exec`: one new process for each connection, with the connection as standard input and output; and the
+//! starting of processes, for pools too.
 
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
@@ -13,11 +14,14 @@ use crossbeam_queue::ArrayQueue;
 use mio::Waker;
 use xo_proto::handoff::TargetEvent;
 use xo_proto::reason::Reason;
+use xo_proto::wire::HandoffId;
 use xo_sys::raw::{self, Fd};
 
 use crate::acceptor::Place;
 use crate::engine::{Engine, ServedKey};
 
+/// A worker's channel is this descriptor.
+pub(crate) const WORKER_FD: RawFd = 3;
 /// Handler processes being started at one time.
 const SPAWN_QUEUE: usize = 1024;
 
@@ -38,8 +42,7 @@ impl Engine {
         let Some(served) = self.served.get_mut(key) else { return };
         let job = Job {
             reserve: served.reserve.take(),
-            node: key.0.to_string(),
-            id: key.1,
+            whose: Whose::Connection { node: key.0.to_string(), id: key.1 },
             command,
             environment: vec![
                 ("XO_CLIENT_ADDR", served.client.ip().to_string()),
@@ -51,15 +54,21 @@ impl Engine {
             ],
             socket,
         };
-        if self.spawner.jobs.send(job).is_err() {
+        if self.spawner.start_process(job).is_err() {
             self.target_event(key, &TargetEvent::Handed(Err(Reason::NoHandler)));
         }
     }
 
     /// Handler processes have started, or failed to.
     pub(crate) fn on_spawned(&mut self) {
-        while let Some(Spawned { node, id, result }) = self.spawner.done.pop() {
-            let key = (Rc::from(node), id);
+        while let Some(Spawned { whose, result }) = self.spawner.done.pop() {
+            let key = match whose {
+                Whose::Connection { node, id } => (Rc::from(node), id),
+                Whose::Worker { pool, post } => {
+                    self.on_worker_spawned(pool, post, result);
+                    continue;
+                }
+            };
             let outcome = match result {
                 Ok(child) => {
                     if let Some(served) = self.served.get_mut(&key) {
@@ -95,18 +104,40 @@ impl Engine {
     }
 }
 
-struct Job {
-    reserve: Option<Reserve>,
-    node: String,
-    id: u64,
-    command: Vec<String>,
-    environment: Vec<(&'static str, String)>,
-    socket: OwnedFd,
+/// A process to be started.
+pub(crate) struct Job {
+    /// Given up for it.
+    pub(crate) reserve: Option<Reserve>,
+    /// What it is for.
+    pub(crate) whose: Whose,
+    /// Program and arguments.
+    pub(crate) command: Vec<String>,
+    /// Added to the daemon's own.
+    pub(crate) environment: Vec<(&'static str, String)>,
+    /// The connection, or the worker's channel.
+    pub(crate) socket: OwnedFd,
+}
+
+/// What a process is for.
+pub(crate) enum Whose {
+    /// One connection.
+    Connection {
+        /// The host's node name.
+        node: String,
+        /// Its number there.
+        id: HandoffId,
+    },
+    /// A pool.
+    Worker {
+        /// Which.
+        pool: usize,
+        /// Which of its places.
+        post: usize,
+    },
 }
 
 struct Spawned {
-    node: String,
-    id: u64,
+    whose: Whose,
     result: io::Result<Child>,
 }
 
@@ -114,6 +145,7 @@ struct Spawned {
 pub(crate) struct Spawner {
     jobs: Sender<Job>,
     done: Arc<ArrayQueue<Spawned>>,
+    _held: Option<Fd>,
 }
 
 impl Spawner {
@@ -122,12 +154,19 @@ impl Spawner {
         let (jobs, todo) = channel::<Job>();
         let done = Arc::new(ArrayQueue::new(SPAWN_QUEUE));
         let results = Arc::clone(&done);
+        // Where nothing else is, what std tells the outcome of exec by would come to be, and a worker's channel takes its place.
+        // What the daemon has open by now it keeps open.
+        let held = raw::duplicate_from(raw::open_null()?.as_raw_fd(), WORKER_FD)?;
+        let held = Some(held).filter(|fd| fd.as_raw_fd() == WORKER_FD);
         std::thread::Builder::new().name("xo-spawn".into()).spawn(move || {
             for job in todo {
-                let mut spawned =
-                    Spawned { node: job.node, id: job.id, result: Err(io::ErrorKind::Other.into()) };
                 drop(job.reserve);
-                spawned.result = spawn(&job.command, &job.environment, job.socket);
+                let result = match &job.whose {
+                    Whose::Connection { .. } => spawn_handler(&job.command, job.socket),
+                    Whose::Worker { .. } => Ok(spawn_worker(&job.command, &job.socket)),
+                };
+                let result = result.and_then(|command| spawn(command, &job.environment));
+                let mut spawned = Spawned { whose: job.whose, result };
                 while let Err(back) = results.push(spawned) {
                     spawned = back;
                     std::thread::yield_now();
@@ -135,29 +174,55 @@ impl Spawner {
                 let _ = waker.wake();
             }
         })?;
-        Ok(Spawner { jobs, done })
+        Ok(Spawner { jobs, done, _held: held })
+    }
+
+    /// Starts a process; its outcome comes to `on_spawned`.
+    pub(crate) fn start_process(&self, job: Job) -> io::Result<()> {
+        self.jobs.send(job).map_err(|_| io::Error::other("the thread that starts processes has ended"))
     }
 }
 
-fn spawn(command: &[String], environment: &[(&str, String)], socket: OwnedFd) -> io::Result<Child> {
-    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+fn program(command: &[String]) -> Command {
+    let (program, arguments) = command.split_first().map_or(("", &[][..]), |(p, a)| (p.as_str(), a));
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command
+}
+
+/// Its connection is its standard input and output.
+fn spawn_handler(command: &[String], socket: OwnedFd) -> io::Result<Command> {
     let stream = TcpStream::from(socket);
     stream.set_nonblocking(false)?;
     let out = OwnedFd::from(stream.try_clone()?);
-    let mut handler = Command::new(program);
+    let mut handler = program(command);
+    handler.stdin(Stdio::from(OwnedFd::from(stream))).stdout(Stdio::from(out));
+    Ok(handler)
+}
+
+/// Its channel is on [`WORKER_FD`], what it says goes where the daemon's log goes.
+fn spawn_worker(command: &[String], channel: &OwnedFd) -> Command {
+    let mut worker = program(command);
+    worker.stdin(Stdio::null());
+    let channel = channel.as_raw_fd();
+    // SAFETY: one system call, with numbers only, between fork and exec; the channel is open until the process is started.
+    unsafe {
+        worker.pre_exec(move || {
+            if libc::dup2(channel, WORKER_FD) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    worker
+}
+
+fn spawn(mut command: Command, environment: &[(&str, String)]) -> io::Result<Child> {
     // SAFETY: one system call, with numbers only, between fork and exec.
     unsafe {
-        handler.pre_exec(|| {
+        command.pre_exec(|| {
             // Run as an ordinary user with ambient capabilities, the daemon would pass them on.
             libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
             Ok(())
         });
     }
-    handler
-        .args(arguments)
-        .envs(environment.iter().map(|(k, v)| (k, v)))
-        .stdin(Stdio::from(OwnedFd::from(stream)))
-        .stdout(Stdio::from(out))
-        .spawn()
-        .map_err(|e| io::Error::new(e.kind(), format!("{program}: {e}")))
+    let child = command.envs(environment.iter().map(|(k, v)| (k, v))).spawn();
+    child.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", command.get_program().display())))
 }

@@ -25,7 +25,6 @@ use crate::config::Order;
 use crate::engine::{Engine, ServedKey, Timer};
 use crate::held::HeldPacket;
 use crate::metrics::Kind;
-use crate::peer::Peer;
 use crate::steer::flow_key;
 use crate::times::{Times, steps};
 
@@ -181,6 +180,7 @@ impl Engine {
         if self.is_stopping() {
             return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
         }
+        self.targets.one_leaves(&self.config.node);
         self.start_when_settled(id);
     }
 
@@ -222,20 +222,28 @@ impl Engine {
 
     /// The target's daemon is connected: go.
     pub(crate) fn begin_on(&mut self, id: HandoffId, peer: usize) {
-        let Some(flow) = self.hosted.get_mut(&id) else { return };
-        let theirs = self.peers.get(peer);
-        let hello = theirs.and_then(|p| p.hello.as_ref());
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.state() == HostState::Asked) else { return };
+        let theirs = self.peers.get_mut(peer);
+        let hello = theirs.as_ref().and_then(|p| p.hello.as_ref());
         if hello.is_none_or(|h| h.usec_timestamps != self.hello.usec_timestamps) {
             return self.host_event(id, HostEvent::Hopeless(Reason::PeerIncompatible));
         }
         // Whoever has the secrets can read all that was ever said under them.
         let is_home = || flow.guest.as_ref().is_some_and(|(_, home)| home.node == flow.target);
         let is_named = || self.policy.is_none() || self.targets.is_in_policy(&flow.target);
-        let is_trusted = || theirs.is_some_and(Peer::is_secure) && (is_home() || is_named());
-        if flow.tls.is_some() && !is_trusted() {
+        let is_secure = theirs.as_ref().is_some_and(|p| p.is_secure());
+        if flow.tls.is_some() && !(is_secure && (is_home() || is_named())) {
             return self.host_event(id, HostEvent::Hopeless(Reason::TlsInsecure));
         }
-        let early = self.config.handoff.order == Order::Early && theirs.is_some_and(Peer::is_proven);
+        let mut early = self.config.handoff.order == Order::Early;
+        if let Some(peer) = theirs.filter(|p| early && !p.is_proven()) {
+            if peer.is_on_trial() {
+                // The strict order takes a round trip more too, and is lost with the target's daemon in the middle of it.
+                peer.waiting.push(id);
+                return self.at(Instant::now() + LIMITS.sample, Timer::Settled(id));
+            }
+            early = false;
+        }
         let machine = Host::new(early);
         flow.machine = if flow.guest.is_some() { machine.of_guest() } else { machine };
         self.host_event(id, HostEvent::Start);

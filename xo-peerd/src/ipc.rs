@@ -173,14 +173,16 @@ impl Engine {
 
     /// Root, our own user, a configured user, or a descendant of a process that was one of these.
     fn trusts(&self, index: usize, ticket: Option<[u8; 16]>) -> bool {
+        self.libraries
+            .get(index)
+            .is_some_and(|l| self.trusts_user(l.uid) || ticket == Some(self.state.ticket()))
+    }
+
+    /// Root, our own user, or a configured one.
+    pub(crate) fn trusts_user(&self, user: u32) -> bool {
         // SAFETY: no arguments, cannot fail.
         let own = unsafe { libc::geteuid() };
-        self.libraries.get(index).is_some_and(|l| {
-            l.uid == 0
-                || l.uid == own
-                || self.config.users.contains(&l.uid)
-                || ticket == Some(self.state.ticket())
-        })
+        user == 0 || user == own || self.config.users.contains(&user)
     }
 
     fn answer(&mut self, index: usize, query: Query) -> Result<(), String> {

@@ -7,6 +7,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 use xo_proto::reason::{ALL, REASONS, Reason};
 
+use crate::pool::{PoolView, WorkerView};
 use crate::reload::PolicyView;
 use crate::targets::TargetView;
 
@@ -103,6 +104,8 @@ pub(crate) struct Live {
     pub(crate) acceptors: Vec<(String, u64)>,
     /// How each handler serves connections that come with TLS.
     pub(crate) tls: Vec<(String, &'static str)>,
+    /// Pools of workers.
+    pub(crate) pools: Vec<PoolView>,
     /// Machines that connections may go to.
     pub(crate) targets: Vec<TargetView>,
     /// The policy in force.
@@ -227,6 +230,7 @@ impl Metrics {
             "handlers": object(&live.handlers),
             "acceptors": object(&live.acceptors),
             "tls": live.tls.iter().map(|(name, how)| (name.clone(), json!(how))).collect::<Map<_, _>>(),
+            "pools": live.pools.iter().map(|p| (p.handler.clone(), pool_json(p))).collect::<Map<_, _>>(),
             "peers": peers,
             "targets": live.targets.iter().map(target_json).collect::<Vec<_>>(),
             "policy_epoch": live.policy.epoch,
@@ -318,6 +322,32 @@ impl Metrics {
             "Listening sockets of processes that take connections, by handler.",
             &labelled("handler", &live.acceptors),
         );
+        let ready = |p: &PoolView| p.workers.iter().filter(|w| w.ready).count() as u64;
+        metric("xo_pool_workers", "gauge", "Workers that take connections.", &of_pools(&live.pools, &ready));
+        metric(
+            "xo_pool_hellos_total",
+            "counter",
+            "Workers that have come so far.",
+            &of_pools(&live.pools, &|p| p.hellos),
+        );
+        metric(
+            "xo_pool_broken_total",
+            "counter",
+            "Workers' channels closed because of a broken message.",
+            &of_pools(&live.pools, &|p| p.broken),
+        );
+        metric(
+            "xo_pool_worker_connections",
+            "gauge",
+            "Connections of a worker.",
+            &of_workers(&live.pools, &|w| w.connections),
+        );
+        metric(
+            "xo_pool_worker_capacity",
+            "gauge",
+            "Connections that a worker can hold.",
+            &of_workers(&live.pools, &|w| w.capacity),
+        );
         let of_targets = |value: &dyn Fn(&TargetView) -> f64| -> Vec<(String, f64)> {
             live.targets.iter().map(|t| (format!("{{target=\"{}\"}}", t.name), value(t))).collect()
         };
@@ -332,6 +362,24 @@ impl Metrics {
             "gauge",
             "Connections of this machine at a target.",
             &of_targets(&|t| t.connections as f64),
+        );
+        metric(
+            "xo_target_serves",
+            "gauge",
+            "Connections that a target serves, whoever sent them, by its last report.",
+            &of_targets(&|t| t.load.connections.into()),
+        );
+        metric(
+            "xo_target_cpu_ratio",
+            "gauge",
+            "How busy a target's processors are, 0 to 1, by its last report.",
+            &of_targets(&|t| f64::from(t.load.cpu_permille) / 1000.0),
+        );
+        metric(
+            "xo_target_handler_serves",
+            "gauge",
+            "Connections that other machines sent to a target, by the handler that serves them, by its last report.",
+            &of_handlers(&live.targets),
         );
         metric(
             "xo_policy_epoch",
@@ -355,16 +403,26 @@ impl Metrics {
         let mut samples = Vec::new();
         for ((_, kind), times) in KINDS.iter().zip(times.iter()) {
             for (h, (name, _)) in times.iter().zip(Steps::default().named()) {
+                let labels = format!("kind=\"{kind}\",step=\"{name}\"");
                 for q in [0.5, 0.9, 0.99] {
                     let seconds = if h.is_empty() { 0.0 } else { h.value_at_quantile(q) as f64 / 1e9 };
-                    let labels = format!("{{kind=\"{kind}\",step=\"{name}\",quantile=\"{q}\"}}");
-                    samples.push((labels, seconds));
+                    samples.push((format!("{{{labels},quantile=\"{q}\"}}"), seconds));
                 }
+                let count = h.len() as f64;
+                let sum = if h.is_empty() { 0.0 } else { h.mean() * count / 1e9 };
+                samples.push((format!("_sum{{{labels}}}"), sum));
+                samples.push((format!("_count{{{labels}}}"), count));
             }
         }
-        metric("xo_handoff_seconds", "gauge", "Hand-off time by step.", &samples);
+        metric("xo_handoff_seconds", "summary", "Hand-off time by step.", &samples);
         text
     }
+}
+
+fn of_handlers(targets: &[TargetView]) -> Vec<(String, f64)> {
+    let each = targets.iter().flat_map(|t| t.load.handlers.iter().map(move |h| (t, h)));
+    each.map(|(t, h)| (format!("{{target=\"{}\",handler=\"{}\"}}", t.name, h.name), f64::from(h.connections)))
+        .collect()
 }
 
 fn by_reason(counters: &[AtomicU64; REASONS]) -> (Value, u64) {
@@ -385,7 +443,39 @@ fn target_json(target: &TargetView) -> Value {
         "connections": target.connections,
         "serves": target.load.connections,
         "cpu_permille": target.load.cpu_permille,
+        "handlers": target.load.handlers.iter().map(|h| (h.name.clone(), json!(h.connections))).collect::<Map<_, _>>(),
     })
+}
+
+fn pool_json(pool: &PoolView) -> Value {
+    let worker = |w: &WorkerView| {
+        json!({
+            "pid": w.pid,
+            "state": if w.ready { "ready" } else { "greeting" },
+            "connections": w.connections,
+            "capacity": w.capacity,
+            "taken_total": w.taken,
+        })
+    };
+    json!({
+        "ready": pool.workers.iter().filter(|w| w.ready).count(),
+        "hellos_total": pool.hellos,
+        "broken_total": pool.broken,
+        "workers": pool.workers.iter().map(worker).collect::<Vec<_>>(),
+    })
+}
+
+/// Samples of the pools: with the labels of a pool, or of each of its workers.
+fn of_pools(pools: &[PoolView], value: &dyn Fn(&PoolView) -> u64) -> Vec<(String, f64)> {
+    pools.iter().map(|p| (format!("{{handler=\"{}\"}}", p.handler), value(p) as f64)).collect()
+}
+
+fn of_workers(pools: &[PoolView], value: &dyn Fn(&WorkerView) -> u32) -> Vec<(String, f64)> {
+    let of_one = |p: &PoolView| {
+        let label = |w: &WorkerView| format!("{{handler=\"{}\",worker=\"{}\"}}", p.handler, w.pid);
+        p.workers.iter().map(|w| (label(w), value(w).into())).collect::<Vec<_>>()
+    };
+    pools.iter().flat_map(of_one).collect()
 }
 
 fn object(pairs: &[(String, u64)]) -> Value {
@@ -394,6 +484,8 @@ fn object(pairs: &[(String, u64)]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use xo_proto::wire::{HandlerLoad, Load};
+
     use super::*;
 
     #[test]
@@ -422,10 +514,41 @@ mod tests {
     }
 
     #[test]
+    fn a_targets_load_is_shown() {
+        let handlers = vec![HandlerLoad { name: "web".into(), connections: 3 }];
+        let target = TargetView {
+            name: "t1".into(),
+            address: "10.0.0.1:7400".into(),
+            state: "up",
+            connections: 2,
+            load: Load { connections: 5, cpu_permille: 125, handlers },
+        };
+        let live = Live { targets: vec![target], ..Live::default() };
+        let text = Metrics::new().prometheus(&live);
+        for line in [
+            "xo_target_connections{target=\"t1\"} 2",
+            "xo_target_serves{target=\"t1\"} 5",
+            "xo_target_cpu_ratio{target=\"t1\"} 0.125",
+            "xo_target_handler_serves{target=\"t1\",handler=\"web\"} 3",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}: {text}");
+        }
+        let status: Value = serde_json::from_str(&Metrics::new().status_json(&live)).expect("JSON");
+        let shown = &status["targets"][0];
+        assert_eq!((&shown["serves"], &shown["handlers"]["web"]), (&json!(5), &json!(3)));
+        let table = crate::status::table(&status);
+        assert!(table.contains("t1 up, 2 connections from here, serves 5 (web 3), CPU 12.5 %"), "{table}");
+    }
+
+    #[test]
     fn prometheus_text_is_well_formed() {
         let metrics = Metrics::new();
         metrics.refused(Reason::TableFull);
-        let text = metrics.prometheus(&Live::default());
+        let workers = vec![WorkerView { pid: 7, ready: true, connections: 2, capacity: 4, taken: 9 }];
+        let pools = vec![PoolView { handler: "web".into(), workers, hellos: 3, broken: 1 }];
+        let text = metrics.prometheus(&Live { pools, ..Live::default() });
+        assert!(text.contains("\nxo_pool_workers{handler=\"web\"} 1\n"), "{text}");
+        assert!(text.contains("\nxo_pool_worker_connections{handler=\"web\",worker=\"7\"} 2\n"), "{text}");
         assert!(text.contains("\nxo_refused_total{reason=\"table_full\"} 1\n"), "{text}");
         for line in text.lines().filter(|l| !l.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').expect("name and value");

@@ -12,7 +12,6 @@ use xo_proto::handoff::{HostEvent, ShortcutAction, ShortcutEvent, ShortcutState,
 use xo_proto::reason::Reason;
 use xo_proto::wire::{HandoffId, Home, Moved, MovedAck, PeerMessage};
 
-use crate::acceptor::Place;
 use crate::engine::{Engine, ServedKey, Timer};
 use crate::restore::Entry;
 use crate::steer::flow_key;
@@ -171,9 +170,14 @@ impl Engine {
                 }
             }
             Some(ShortcutAction::SendClosed) => {
+                let over = served.state() == TargetState::Closing;
                 self.send_to_host(key, &PeerMessage::Closed(key.1));
                 if event == ShortcutEvent::MovedAck {
                     self.at(Instant::now() + PATIENCE, Timer::Detour(key.clone()));
+                    if over {
+                        // The home takes `CLOSED` only from where it knows the connection to be.
+                        self.target_event(key, &TargetEvent::PeerBack);
+                    }
                 }
             }
             Some(ShortcutAction::Close) => {
@@ -204,8 +208,7 @@ impl Engine {
         {
             log::error!("noting that a connection from {} is home: {e}", key.0);
         }
-        let place = std::mem::replace(&mut served.place, Place::None);
-        self.abandoned.push(place);
+        self.abandon_place(key);
         self.by_flow.remove(&known_as);
         self.host_event(id, HostEvent::Returned);
     }

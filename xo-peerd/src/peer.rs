@@ -8,7 +8,7 @@ use mio::net::TcpStream;
 use rustls::Connection;
 use xo_proto::frame::{FrameError, decode_peer, encode_peer};
 use xo_proto::handoff::LIMITS;
-use xo_proto::wire::{Hello, MAGIC, PeerMessage, Ping, VERSION};
+use xo_proto::wire::{HandoffId, Hello, MAGIC, PeerMessage, Ping, VERSION};
 use zeroize::Zeroize;
 
 use crate::clock::now_ns;
@@ -61,6 +61,8 @@ pub(crate) struct Peer {
     probes: u64,
     /// When a probe last came back quickly.
     proven: Option<Instant>,
+    /// Hand-offs that wait until the first probe is back.
+    pub(crate) waiting: Vec<HandoffId>,
 }
 
 impl Peer {
@@ -91,6 +93,7 @@ impl Peer {
             probe: None,
             probes: 0,
             proven: None,
+            waiting: Vec::new(),
         };
         peer.queue(&PeerMessage::Hello(hello.clone()))?;
         Ok(peer)
@@ -133,6 +136,11 @@ impl Peer {
     /// The channel is quick enough for the early order.
     pub(crate) fn is_proven(&self) -> bool {
         self.proven.is_some_and(|when| when.elapsed() < PROVEN)
+    }
+
+    /// Will it soon be known whether it is?
+    pub(crate) fn is_on_trial(&self) -> bool {
+        self.probes == 1 && self.probe.is_some_and(|(_, sent)| sent.elapsed() < LIMITS.sample)
     }
 
     /// How long the peer has been silent.

@@ -258,6 +258,7 @@ impl Engine {
 
     /// The last thing: what the kernel goes on doing stays, if there is something; else nothing stays.
     pub(crate) fn leave(&mut self) {
+        self.leave_pools();
         let (hosted, served) = (self.hosted.len(), self.served.len() + self.gone.len());
         if hosted + served == 0 {
             self.steer.unpin();

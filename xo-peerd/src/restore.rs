@@ -98,13 +98,9 @@ impl Engine {
         };
         let (here, tls) = (origin.here, begin.record.tls.is_some());
         let no_tls = |text: String| (Reason::TlsUnsupported, text);
-        if here && tls {
-            // Its server would begin a handshake with it.
-            return Err(no_tls("a connection with TLS cannot come home yet".into()));
-        }
         let (bind, listener, acceptor) = match &mode {
             HandlerMode::Attach { port } => {
-                let (number, listener) = self.pick_acceptor(*port, client, tls).ok_or_else(|| {
+                let (number, listener) = self.pick_acceptor(*port, client, [tls, tls && here]).ok_or_else(|| {
                     if tls {
                         return no_tls(format!("no process with a record layer listens on port {port}"));
                     }
@@ -113,15 +109,11 @@ impl Engine {
                 let ip = specific(listener.ip(), client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
             }
-            HandlerMode::Exec { .. } if tls => {
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } if tls => {
                 return Err(no_tls("a program of its own has no record layer".into()));
             }
-            HandlerMode::Exec { .. } => {
-                let reserve = Reserve::take()
-                    .map_err(|e| (Reason::TargetUnwilling, format!("starting a process: {e}")))?;
-                if let Some(served) = self.served.get_mut(key) {
-                    served.reserve = Some(reserve);
-                }
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => {
+                self.keep_room(key, &mode)?;
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let ip = specific(any, client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, public.port())), SocketAddr::new(any, 0), None)
@@ -131,6 +123,20 @@ impl Engine {
             (Reason::RestoreFailed, "no address of the client's family in `addresses`".to_owned())
         })?;
         Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4() })
+    }
+
+    /// What giving the connection to its handler will take: once its host is told that it can be served here, there is no
+    /// way back.
+    fn keep_room(&mut self, key: &ServedKey, mode: &HandlerMode) -> Result<(), Refusal> {
+        let Some(served) = self.served.get_mut(key) else { return Ok(()) };
+        if matches!(mode, HandlerMode::Pool { .. }) {
+            served.seat = Some(self.pools.take_seat(&served.handler)?);
+        } else {
+            let reserve = Reserve::take();
+            served.reserve =
+                Some(reserve.map_err(|e| (Reason::TargetUnwilling, format!("starting a process: {e}")))?);
+        }
+        Ok(())
     }
 
     fn carry_out(&mut self, key: &ServedKey, begin: &BeginOffload, plan: Plan) -> Result<(), Refusal> {

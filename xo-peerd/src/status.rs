@@ -51,13 +51,7 @@ pub(crate) fn table(status: &Value) -> String {
         line("peer", format!("{} {} {}", text(&peer["node"]), text(&peer["address"]), text(&peer["state"])));
     }
     for target in status["targets"].as_array().into_iter().flatten() {
-        let (connections, serves) = (&target["connections"], &target["serves"]);
-        let value = format!(
-            "{} {}, {connections} connections from here, serves {serves}",
-            text(&target["node"]),
-            text(&target["state"])
-        );
-        line("target", value);
+        line("target", target_line(target));
     }
     if status["policy_epoch"] != 0 {
         let error = status["policy_error"]
@@ -71,6 +65,18 @@ pub(crate) fn table(status: &Value) -> String {
         let tls = text(&status["tls"][name.as_str()]);
         line("handler", format!("{name}: {n} connections{acceptors}, tls: {tls}"));
     }
+    for (name, pool) in status["pools"].as_object().into_iter().flatten() {
+        for w in pool["workers"].as_array().into_iter().flatten() {
+            let value = format!(
+                "{name}: process {} {}, {} of {} connections",
+                w["pid"],
+                text(&w["state"]),
+                w["connections"],
+                w["capacity"]
+            );
+            line("worker", value);
+        }
+    }
     let times = &status["handoff_us"];
     line("hand-off time, µs", format!("{:>8} {:>8}", "p50", "p99"));
     for step in ["queue", "block", "dump", "transfer", "restore", "rewrite", "redirect", "ready"] {
@@ -79,6 +85,20 @@ pub(crate) fn table(status: &Value) -> String {
     }
     line("  total", format!("{:>8} {:>8}", times["p50"].to_string(), times["p99"].to_string()));
     out
+}
+
+fn target_line(target: &Value) -> String {
+    let handlers = target["handlers"].as_object().into_iter().flatten();
+    let handlers: Vec<_> = handlers.map(|(name, n)| format!("{name} {n}")).collect();
+    let cpu = target["cpu_permille"].as_f64().unwrap_or_default() / 10.0;
+    format!(
+        "{} {}, {} connections from here, serves {} ({}), CPU {cpu:.1} %",
+        text(&target["node"]),
+        text(&target["state"]),
+        target["connections"],
+        target["serves"],
+        if handlers.is_empty() { "no handler".into() } else { handlers.join(", ") },
+    )
 }
 
 /// The flows as a table.

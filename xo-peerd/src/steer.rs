@@ -2,19 +2,22 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::RawFd;
 
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
-    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HeldHeader,
+    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HOPS_MAP, HeldHeader,
     INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
 
 pub(crate) mod pin;
+mod ways;
 
 use self::pin::{Pins, Sizes};
+use self::ways::Ways;
 
 /// Built by scripts/build-bpf.
 static OBJECT: &[u8] =
@@ -67,6 +70,7 @@ pub(crate) struct Steer {
     rewrites: HashMap<MapData, FlowKey, RewriteEntry>,
     held: RingBuf<MapData>,
     counters: PerCpuArray<MapData, u64>,
+    ways: Ways,
     /// Inserted less removed, by us.
     entries: u64,
     mode: &'static str,
@@ -110,13 +114,19 @@ impl Steer {
             rewrites: HashMap::try_from(map(&mut programs, REWRITES_MAP)?)?,
             held: RingBuf::try_from(map(&mut programs, HELD_MAP)?)?,
             counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
+            ways: Ways::new(HashMap::try_from(map(&mut programs, HOPS_MAP)?)?)
+                .map_err(|e| SteerError::Load(format!("netlink: {e}")))?,
             entries: 0,
             mode,
             pins,
             _programs: programs,
         };
         // The program's count of what it has removed may be an earlier daemon's.
-        let present = (steer.all_flows().len() + steer.all_rewrites().len()) as u64;
+        let flows = steer.all_flows();
+        let present = (flows.len() + steer.all_rewrites().len()) as u64;
+        for (_, entry) in flows.iter().filter(|(_, entry)| entry.action == Action::Redirect as u32) {
+            steer.ways.learn(address(entry.to_addr, 0).ip());
+        }
         steer.entries = present + steer.counters()[Path::Reused as usize];
         Ok(steer)
     }
@@ -188,12 +198,28 @@ impl Steer {
         let Some(held) = self.flow(key).filter(|e| e.flow_id == flow_id) else {
             return Err(SteerError::NotOurs);
         };
+        self.ways.learn(to.ip());
         let mut entry = flow_entry(action, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.flags = held.flags;
         entry.last_ns = held.last_ns;
         entry.hop = hop as u16;
         // The program may have removed the entry meanwhile: the client's port then serves a new connection.
         insert(&mut self.flows, key, &entry, EXIST)
+    }
+
+    /// Renews the ways to all targets: to be done every second.
+    pub(crate) fn refresh_ways(&mut self) {
+        self.ways.refresh();
+    }
+
+    /// Is readable when routes have changed: then it is time for [`Steer::routes_changed`].
+    pub(crate) fn routes_fd(&self) -> RawFd {
+        self.ways.fd()
+    }
+
+    /// Renews the ways to all targets if routes have changed.
+    pub(crate) fn routes_changed(&mut self) {
+        self.ways.changed();
     }
 
     /// Packets that come to this address go to the local stack under another: where a connection of this machine lives

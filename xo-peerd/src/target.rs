@@ -19,6 +19,7 @@ use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, Timer, is_fresh};
 use crate::exec::Reserve;
 use crate::onward::Origin;
+use crate::pool::Seat;
 use crate::restore::Entry;
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
@@ -53,6 +54,8 @@ pub(crate) struct Served {
     /// What starting its process takes, for mode `exec`.
     pub(crate) reserve: Option<Reserve>,
     pub(crate) acceptor: Option<usize>,
+    /// A worker's room for it, for mode `pool`, until the worker has it.
+    pub(crate) seat: Option<Seat>,
     /// The client.
     pub(crate) client: SocketAddr,
     /// Our address of the connection.
@@ -103,6 +106,7 @@ impl Served {
             mode: None,
             reserve: None,
             acceptor: None,
+            seat: None,
             client,
             local: host,
             entrance: host,
@@ -155,7 +159,7 @@ impl Engine {
             let origin = Origin::of(&key, begin.home.as_ref(), &self.config.node);
             // A process is started for each connection of an `exec` handler: the host does not wait for that.
             let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
-            let quick = origin.here || matches!(mode, Some(HandlerMode::Attach { .. }));
+            let quick = origin.here || !matches!(mode, Some(HandlerMode::Exec { .. }) | None);
             let machine = Target::new(begin.start && fresh && quick);
             let mut served =
                 Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
@@ -175,16 +179,21 @@ impl Engine {
     pub(crate) fn on_host_ready(&mut self, index: usize, message: &HostReady) {
         let id = message.id;
         let Some(node) = self.node_of(index) else { return };
-        let key = (node, id);
-        let moved_on = self.served.get(&key).is_some_and(|s| s.state() == TargetState::Done);
-        // Where its home asks about a later move than the last that is known here, it was lost here.
-        let is_known = |k: &ServedKey| {
-            self.served.get(k).is_some_and(|s| (s.origin.hop as u16).wrapping_sub(message.hop) as i16 >= 0)
+        let asked = (node, id);
+        let Some(key) = self.last_known(&asked, message.hop) else {
+            // Restored here once, given up since (time limit, restart): the host must tell the client.
+            let detail = "no such hand-off".into();
+            return self
+                .send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
         };
-        if moved_on || self.at_home.get(&key).is_some_and(|keys| keys.iter().any(is_known)) {
+        let Some(served) = self.served.get_mut(&key) else { return };
+        let state = served.state();
+        if key != asked && state == TargetState::Closing {
+            self.target_event(&key, &TargetEvent::PeerBack);
+        } else if key != asked || state == TargetState::Done {
             // It has been here, or is, by a way that the sender need not know.
             self.send_to(index, &PeerMessage::Handed(Handed { id, hand_ns: 0, at_ns: now_ns() }));
-        } else if let Some(served) = self.served.get_mut(&key) {
+        } else {
             served.host_ready_ns = now_ns();
             served.elapsed = Duration::from_nanos(message.elapsed_ns);
             let live = served.restored.as_ref().map(AsRawFd::as_raw_fd);
@@ -194,11 +203,20 @@ impl Engine {
                 tcp_repair::apply_options(fd, options);
             }
             self.target_event(&key, &TargetEvent::HostReady);
-        } else {
-            // Restored here once, given up since (time limit, restart): the host must tell the client.
-            let detail = "no such hand-off".into();
-            self.send_to(index, &PeerMessage::Refuse(Refuse { id, reason: Reason::PeerLost, detail }));
         }
+        if key == asked {
+            // Who still asks has not taken `CLOSED`, or an earlier daemon of it has.
+            self.shortcut_event(&key, ShortcutEvent::ViaBack);
+        }
+    }
+
+    /// What is known here of a connection that another machine asks about by its own name for it: of several stays the
+    /// last. Nothing, if that is an earlier one than what is asked about: the connection was lost here since.
+    fn last_known(&self, asked: &ServedKey, hop: u16) -> Option<ServedKey> {
+        let by_detour = self.at_home.get(asked).into_iter().flatten();
+        let since = |k: &ServedKey| Some((self.served.get(k)?.origin.hop as u16).wrapping_sub(hop) as i16);
+        let known = by_detour.chain([asked]).filter_map(|k| Some((since(k)?, k)));
+        known.max_by_key(|(since, _)| *since).filter(|(since, _)| *since >= 0).map(|(_, k)| k.clone())
     }
 
     /// `QUERY`.
@@ -327,6 +345,7 @@ impl Engine {
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
+                    served.seat = None;
                 }
                 self.remove_entry(key);
             }
@@ -344,6 +363,7 @@ impl Engine {
                 }
             }
             TargetAction::NoteLeft => {
+                self.abandon_place(key);
                 if let Some(Entry::Rewrite(flow)) = self.served.get(key).and_then(|s| s.entry)
                     && let Err(e) = self.steer.note_left(&flow, key.1, true)
                 {
@@ -365,17 +385,15 @@ impl Engine {
         let served = self.served.get_mut(key)?;
         let Some(restored) = served.restored.take() else { return Some(Err(Reason::Closed)) };
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
-        let (elapsed, early) = (served.elapsed, served.machine.early());
+        let elapsed = served.elapsed;
         match mode {
             Some(HandlerMode::Attach { port }) => {
                 let started = self.start_attached(key, (port, acceptor), restored, elapsed);
-                Some(started.and_then(|socket| {
-                    let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
-                    served.started_ns = Some(now_ns());
-                    allow_reuse(&socket, client);
-                    served.kept = early.then_some(socket);
-                    Ok(())
-                }))
+                Some(started.and_then(|socket| self.started(key, socket)))
+            }
+            Some(HandlerMode::Pool { .. }) => {
+                let started = self.start_pooled(key, restored, elapsed);
+                Some(started.and_then(|socket| self.started(key, socket)))
             }
             Some(HandlerMode::Exec { command }) => match live(restored, elapsed, client) {
                 Ok(socket) => {
@@ -387,6 +405,14 @@ impl Engine {
             },
             None => Some(Err(Reason::NoHandler)),
         }
+    }
+
+    /// The handler has it. In the early order it can still be taken away.
+    fn started(&mut self, key: &ServedKey, socket: OwnedFd) -> Result<(), Reason> {
+        let served = self.served.get_mut(key).ok_or(Reason::Closed)?;
+        served.started_ns = Some(now_ns());
+        served.kept = served.machine.early().then_some(socket);
+        Ok(())
     }
 
     /// First into the handler's hands, where it is mute while in repair mode, then live: if this daemon died in between the
@@ -407,7 +433,9 @@ impl Engine {
             log::warn!("handing the connection of {client} over: {e}");
             if e.kind() == ErrorKind::StorageFull { Reason::TableFull } else { Reason::NoHandler }
         })?;
-        live(restored, elapsed, client)
+        let socket = live(restored, elapsed, client)?;
+        allow_reuse(&socket, client);
+        Ok(socket)
     }
 
     /// `TARGET_READY` of the early order.
@@ -440,12 +468,19 @@ impl Engine {
             if let Some(kept) = served.kept.take() {
                 empty(&kept, served.client);
             }
-            let place = std::mem::replace(&mut served.place, Place::None);
             let parked = std::mem::take(&mut served.parked);
-            self.abandoned.push(place);
+            self.abandon_place(key);
             self.hopeless(parked);
         }
         self.remove_entry(key);
+    }
+
+    /// A connection is not its process's any more: its delivery slot is free once the process has closed the emptied socket.
+    pub(crate) fn abandon_place(&mut self, key: &ServedKey) {
+        let Some(served) = self.served.get_mut(key) else { return };
+        if matches!(served.place, Place::Process { .. }) {
+            self.abandoned.push(std::mem::replace(&mut served.place, Place::None));
+        }
     }
 
     /// The connection stays here.
@@ -533,7 +568,7 @@ impl Engine {
 }
 
 /// Leaves repair mode.
-fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<OwnedFd, Reason> {
+pub(crate) fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<OwnedFd, Reason> {
     // A response follows at once, so no window probe is needed.
     restored.start(false, elapsed).map(OwnedFd::from).map_err(|e| {
         log::error!("starting the connection of {client}: {e}");
@@ -542,14 +577,14 @@ fn live(restored: Repaired, elapsed: Duration, client: SocketAddr) -> Result<Own
 }
 
 /// A server that is restarted must be able to bind the port of connections that it had.
-fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
+pub(crate) fn allow_reuse(socket: &OwnedFd, client: SocketAddr) {
     if let Err(e) = tcp_repair::reuse_address(socket.as_raw_fd()) {
         log::warn!("SO_REUSEADDR for the connection of {client}: {e}");
     }
 }
 
 /// Empties a live socket in place, without a packet.
-fn empty(socket: &OwnedFd, client: SocketAddr) {
+pub(crate) fn empty(socket: &OwnedFd, client: SocketAddr) {
     if let Err(e) = tcp_repair::withdraw(socket.as_raw_fd()) {
         log::error!("withdrawing the connection of {client}: {e}");
     }

@@ -11,7 +11,7 @@ use xo_proto::board::{AVOIDED, DOWN, UP, handler_id, node_id};
 use xo_proto::handoff::TargetState;
 use xo_proto::policy::{Policy, suggestion};
 use xo_proto::reason::Reason;
-use xo_proto::wire::{Load, PeerMessage};
+use xo_proto::wire::{HandlerLoad, Load, PeerMessage};
 use xo_sys::board::Keeper;
 
 use crate::config::{Handler, HandlerMode};
@@ -124,6 +124,12 @@ impl Targets {
         }
     }
 
+    /// A connection leaves this machine. Its processes must know at once how many are left, or all would send away what is
+    /// too much for the machine.
+    pub(crate) fn one_leaves(&self, own: &str) {
+        self.board.one_leaves(node_id(own));
+    }
+
     /// Is the machine one of the daemon's policy?
     pub(crate) fn is_in_policy(&self, node: &str) -> bool {
         self.known.get(node).is_some_and(|k| k.in_policy)
@@ -180,7 +186,7 @@ impl Engine {
         let Some(known) = self.targets.known.get_mut(node) else { return };
         match reason {
             // Its next report says whether somebody is there again.
-            R::NoHandler => {
+            R::NoHandler | R::NoWorker | R::PoolFull => {
                 known.deserted.insert(handler.to_owned());
                 self.targets.board.set_state(handler_id(node, handler), DOWN);
             }
@@ -212,7 +218,7 @@ impl Engine {
         board.set_load(node_id(&node), load.connections, load.cpu_permille.into());
         let Some(known) = self.targets.known.get_mut(&*node) else { return };
         known.deserted.retain(|handler| {
-            let present = load.handlers.contains(handler);
+            let present = load.handlers.iter().any(|h| h.name == *handler);
             if present {
                 board.set_state(handler_id(&node, handler), UP);
             }
@@ -266,15 +272,20 @@ impl Engine {
     /// Tells the peers, and the board, how busy this machine is.
     pub(crate) fn report(&mut self, now: Instant) {
         self.targets.reported = now;
-        let served = self.served.values().filter(|s| s.state() == TargetState::Served && !s.origin.here);
+        let guests = || self.served.values().filter(|s| s.state() == TargetState::Served && !s.origin.here);
         let followed = self.libraries.iter().filter_map(|(_, l)| l.slots.as_ref()).map(|s| s.followed());
-        let connections = (served.count() as u32).saturating_add(followed.fold(0, u32::saturating_add));
+        let connections = (guests().count() as u32).saturating_add(followed.fold(0, u32::saturating_add));
         let cpu_permille = self.targets.cpu.permille(now);
         let present = |h: &&Handler| match h.mode {
             HandlerMode::Attach { port } => self.acceptors_on(port) > 0,
             HandlerMode::Exec { .. } => true,
+            HandlerMode::Pool { .. } => self.pools.has_room(&h.name),
         };
-        let handlers = self.config.handlers.iter().filter(present).map(|h| h.name.clone()).collect();
+        let load = |h: &Handler| HandlerLoad {
+            name: h.name.clone(),
+            connections: guests().filter(|s| s.handler == h.name).count() as u32,
+        };
+        let handlers = self.config.handlers.iter().filter(present).map(load).collect();
         self.targets.board.set_load(node_id(&self.config.node), connections, cpu_permille.into());
         let message = PeerMessage::Load(Load { connections, cpu_permille, handlers });
         self.send_to_all(&message);

@@ -41,6 +41,7 @@ impl Engine {
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
             tls: self.tls_views(),
+            pools: self.pools.views(),
             targets: self.target_views(),
             policy: self.policy_view(),
         }
@@ -115,7 +116,7 @@ impl Engine {
     fn acceptor_views(&self) -> Vec<(String, u64)> {
         let attached = |h: &Handler| match h.mode {
             HandlerMode::Attach { port } => Some((h.name.clone(), self.acceptors_on(port))),
-            HandlerMode::Exec { .. } => None,
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => None,
         };
         self.config.handlers.iter().filter_map(attached).collect()
     }
@@ -123,7 +124,7 @@ impl Engine {
     fn tls_views(&self) -> Vec<(String, &'static str)> {
         let how = |h: &Handler| match h.mode {
             HandlerMode::Attach { port } => self.tls_on(port),
-            HandlerMode::Exec { .. } => "no",
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => "no",
         };
         self.config.handlers.iter().map(|h| (h.name.clone(), how(h))).collect()
     }

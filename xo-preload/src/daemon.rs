@@ -42,6 +42,8 @@ static BOARD: AtomicPtr<Board> = AtomicPtr::new(std::ptr::null_mut());
 /// This machine's number on the board.
 static NODE_ID: AtomicU64 = AtomicU64::new(0);
 static EPOCH: AtomicU32 = AtomicU32::new(0);
+/// See [`set_answers_for_tls`].
+static ANSWERS: AtomicBool = AtomicBool::new(false);
 static OPENING: AtomicBool = AtomicBool::new(false);
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
 /// When the daemon went away, ns.
@@ -196,6 +198,9 @@ fn connect() -> bool {
             let _ = TICKET.set(Box::new(ticket));
             BOARD.store(Box::into_raw(Box::new(board)), Ordering::Release);
             table.set_followed(conn::followed());
+            if ANSWERS.load(Ordering::Relaxed) {
+                table.set_answers_for_tls();
+            }
             conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
@@ -352,6 +357,15 @@ pub(crate) fn set_followed(n: u32) {
     }
 }
 
+/// Tells the daemon that this process can go on with a connection that comes home with its TLS.
+pub(crate) fn set_answers_for_tls() {
+    if !ANSWERS.swap(true, Ordering::AcqRel)
+        && let Some(slots) = slots()
+    {
+        slots.set_answers_for_tls();
+    }
+}
+
 /// Adds one to a counter.
 pub(crate) fn count(counter: usize) {
     if let Some(slots) = slots() {
@@ -388,7 +402,8 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
     if !is_open() {
         return false;
     }
-    let sent = send_on(fd(), &ToDaemon::Register { epoll, tls: !lifecycle::has_ring() }, descriptors, 0);
+    let tls = !lifecycle::has_ring();
+    let sent = send_on(fd(), &ToDaemon::Register { epoll, tls }, descriptors, 0);
     if !sent {
         check();
     }
@@ -396,6 +411,7 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
 }
 
 /// What a registration's channel gives.
+#[expect(clippy::large_enum_variant, reason = "it lives on the stack for the time of an accept")]
 pub(crate) enum Delivery {
     /// A restored connection.
     One(Deliver, Fd),

@@ -36,10 +36,16 @@ pub(crate) fn followed(fd: c_int) -> Option<(u32, &'static Conn)> {
     }
 }
 
-/// errno of this thread.
+/// Sets errno of this thread.
 pub(crate) fn set_errno(errno: c_int) {
     // SAFETY: glibc's errno location is valid for the thread's life.
     unsafe { *libc::__errno_location() = errno };
+}
+
+/// errno of this thread.
+pub(crate) fn errno() -> c_int {
+    // SAFETY: glibc's errno location is valid for the thread's life.
+    unsafe { *libc::__errno_location() }
 }
 
 /// A read into one buffer that gives nothing beside the bytes.
@@ -85,6 +91,11 @@ fn read_into(
     let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
     let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
     let layer = conn.layer();
+    if layer.is_some()
+        && let Some(result) = tls::home::reading(fd, index, pieces, flags)
+    {
+        return result;
+    }
     let mut call = |pieces: &[iovec]| match &layer {
         Some(layer) if flags & libc::MSG_ERRQUEUE == 0 => layer.read(fd, pieces, flags, nonblocking),
         _ => call(pieces),
@@ -372,6 +383,10 @@ pub(crate) fn write(
     call: impl FnOnce() -> isize,
 ) -> isize {
     let n = match conn.layer() {
+        Some(_) if tls::home::is_openssl() => {
+            set_errno(libc::EPIPE);
+            return -1;
+        }
         None => match hold_writing(fd, index, conn, flags) {
             Some(result) => return result,
             None => call(),

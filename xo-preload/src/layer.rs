@@ -13,6 +13,7 @@ mod end;
 mod read;
 mod write;
 
+use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use xo_proto::tls::{Incoming, Outgoing, TlsState, Version};
@@ -40,6 +41,10 @@ pub(crate) struct Layer {
     /// `close_notify` has been sent.
     said_goodbye: AtomicBool,
     common: Common,
+    /// For a server that has an SSL object for the connection: its name as a C string, and what the last call came to.
+    name: Option<CString>,
+    has_ssl: AtomicBool,
+    ssl_error: AtomicI32,
 }
 
 impl Layer {
@@ -57,6 +62,9 @@ impl Layer {
             owes_update: AtomicBool::new(false),
             said_goodbye: AtomicBool::new(false),
             common: Common::new()?,
+            name: CString::new(state.server_name.as_str()).ok().filter(|name| !name.is_empty()),
+            has_ssl: AtomicBool::new(false),
+            ssl_error: AtomicI32::new(0),
         })
     }
 
@@ -82,6 +90,46 @@ impl Layer {
             alpn: self.alpn.clone(),
         };
         Some((state, u32::try_from(used).ok()?))
+    }
+
+    /// The version that was negotiated.
+    pub(crate) fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The cipher suite's number.
+    pub(crate) fn cipher(&self) -> u16 {
+        self.cipher
+    }
+
+    /// The application protocol, empty for none.
+    pub(crate) fn alpn(&self) -> &[u8] {
+        &self.alpn
+    }
+
+    /// The name that the client asked for.
+    pub(crate) fn server_name(&self) -> Option<&CStr> {
+        self.name.as_deref()
+    }
+
+    /// Has the server an SSL object for it?
+    pub(crate) fn has_ssl(&self) -> bool {
+        self.has_ssl.load(Ordering::Acquire)
+    }
+
+    /// It has.
+    pub(crate) fn set_ssl(&self) {
+        self.has_ssl.store(true, Ordering::Release);
+    }
+
+    /// What the last call on the SSL object came to (`SSL_ERROR_*`).
+    pub(crate) fn ssl_error(&self) -> i32 {
+        self.ssl_error.load(Ordering::Acquire)
+    }
+
+    /// As [`Layer::ssl_error`].
+    pub(crate) fn set_ssl_error(&self, error: i32) {
+        self.ssl_error.store(error, Ordering::Release);
     }
 
     fn fail(&self, errno: i32) -> i32 {

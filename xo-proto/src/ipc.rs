@@ -16,6 +16,10 @@ pub const VERSION: u16 = 5;
 pub type Ticket = [u8; 16];
 
 /// Library to daemon.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives on the stack from the socket to its handling; a box would be an allocation for each"
+)]
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum ToDaemon {
     /// First message.
@@ -118,6 +122,10 @@ pub enum Destination {
 }
 
 /// Daemon to library.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives on the stack from the socket to its handling; a box would be an allocation for each"
+)]
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum FromDaemon {
     /// Answer to `Hello`. Carries the slot table and the board (memfds).

@@ -14,6 +14,8 @@ pub mod http;
 pub mod ipc;
 pub mod packet;
 pub mod policy;
+#[cfg(any(feature = "pool", test))]
+pub mod pool;
 pub mod protocol;
 pub mod reason;
 pub mod resp;

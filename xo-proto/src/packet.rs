@@ -26,14 +26,17 @@ pub enum PacketError {
     /// The new destination is of the other IP version.
     #[error("the destination is of the other IP version")]
     Version,
+    /// It may not go one hop further.
+    #[error("no time to live left")]
+    Expired,
     /// The MTU does not hold the headers and a byte of data.
     #[error("MTU too small")]
     Mtu,
 }
 
 /// Makes the segments of `packet` (from its IP header on) and gives each to `out`. Aggregates (`gso_size`
-/// payload bytes a segment) and packets longer than `mtu` are cut. `to` replaces the destination. Returns
-/// the number of segments.
+/// payload bytes a segment) and packets longer than `mtu` are cut. `to` replaces the destination, one hop further
+/// on. Returns the number of segments.
 ///
 /// # Errors
 /// See [`PacketError`]; nothing has been given out then.
@@ -165,6 +168,9 @@ impl Layout {
             _ => return Err(PacketError::Version),
         }
         put(headers, self.tcp + 2, &to.port().to_be_bytes());
+        // The time to live or hop limit: as at any router, so that nothing can circle for ever.
+        let hops = headers.get_mut(if self.v6 { 7 } else { 8 }).ok_or(PacketError::Truncated)?;
+        *hops = hops.checked_sub(1).filter(|left| *left > 0).ok_or(PacketError::Expired)?;
         Ok(())
     }
 
@@ -273,8 +279,8 @@ mod tests {
         assert_eq!((&s[0][16..20], &s[0][22..24]), (&[10, 3, 0, 2][..], &8080_u16.to_be_bytes()[..]));
         assert!(valid(&s[0]));
         assert_eq!(&s[0][52..], b"hello");
-        // The IPv4 header checksum, by hand: 4500+0039+1234+4000+4006+0a01+0002+0a03+0002 = eb7b.
-        assert_eq!(&s[0][10..12], &(!0xeb7b_u16).to_be_bytes());
+        // The IPv4 header checksum, by hand: 4500+0039+1234+4000+3f06+0a01+0002+0a03+0002 = ea7b.
+        assert_eq!(&s[0][10..12], &(!0xea7b_u16).to_be_bytes());
         assert_eq!(all(&v4(b"", 0x10), 0, None, 1500).len(), 1, "an ACK");
     }
 
@@ -307,6 +313,16 @@ mod tests {
         assert_eq!(fails(&udp, None), PacketError::NotTcp);
         assert_eq!(fails(&good, Some("[::1]:1".parse().expect("address"))), PacketError::Version);
         assert_eq!(segments(&good, 0, None, 52, &mut |_| {}), Err(PacketError::Mtu));
+        for (mut old, at, to) in [(good, 8, "10.3.0.2:8080"), (v6(b"x"), 7, "[fd00:3::2]:8080")] {
+            let to = Some(to.parse().expect("address"));
+            for (hops, expected) in
+                [(0, Err(PacketError::Expired)), (1, Err(PacketError::Expired)), (2, Ok(1))]
+            {
+                old[at] = hops;
+                assert_eq!(segments(&old, 0, to, 1500, &mut |s| assert_eq!(s[at], 1)), expected);
+                assert_eq!(segments(&old, 0, None, 1500, &mut |s| assert_eq!(s[at], hops)), Ok(1));
+            }
+        }
     }
 
     proptest! {

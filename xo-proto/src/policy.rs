@@ -28,7 +28,7 @@ use regex_lite::Regex;
 
 use key::Key;
 
-pub use choice::{Balance, Candidate, Choice, Here, Idle, Pick, View};
+pub use choice::{Balance, Candidate, Choice, Here, Idle, Pick, Sticky, View};
 pub(crate) use key::hashed;
 pub use matching::Decision;
 
@@ -40,6 +40,10 @@ pub const DEFAULT_HANDLER: &str = "default";
 pub const LOCAL: &str = "local";
 /// Largest weight.
 const MAX_WEIGHT: u32 = 1000;
+/// Per cent that a machine's load is above that of the least loaded when connections leave it, unless the rule says it.
+const IMBALANCE: u32 = 25;
+/// Largest such number.
+const MAX_IMBALANCE: u32 = 1000;
 
 /// What is wrong with a policy, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,7 +92,7 @@ struct Rule {
     balance: Balance,
     /// Given if and only if it hashes.
     key: Option<Key>,
-    sticky: bool,
+    sticky: Sticky,
 }
 
 #[derive(Clone, Debug)]
@@ -174,7 +178,7 @@ struct RawRule {
     handler: Option<String>,
     balance: Balance,
     key: Option<Key>,
-    sticky: bool,
+    sticky: Sticky,
     /// Text that the offsets refer to, for one-liners.
     source: Option<String>,
 }

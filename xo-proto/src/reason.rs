@@ -84,6 +84,10 @@ pub enum Reason {
     Script,
     /// A Redis command that is not known here; the connection is left alone from here on.
     UnknownCommand,
+    /// No worker of the target's pool is there.
+    NoWorker,
+    /// All workers of the target's pool have as many connections as they can hold.
+    PoolFull,
     /// The target cannot serve a TLS connection.
     TlsUnsupported,
     /// The channel to the target's daemon is not encrypted, or the target is not in this daemon's policy: it must not have a
@@ -158,6 +162,8 @@ pub const ALL: [Reason; REASONS] = {
         Blocking,
         Script,
         UnknownCommand,
+        NoWorker,
+        PoolFull,
         TlsUnsupported,
         TlsInsecure,
         TlsState,
@@ -218,6 +224,8 @@ impl Reason {
             Blocking => "blocking",
             Script => "script",
             UnknownCommand => "unknown_command",
+            NoWorker => "no_worker",
+            PoolFull => "pool_full",
             TlsUnsupported => "tls_unsupported",
             TlsInsecure => "tls_insecure",
             TlsState => "tls_state",

@@ -86,7 +86,16 @@ pub struct Load {
     /// How busy its processors have been of late.
     pub cpu_permille: u16,
     /// Handlers that take connections now.
-    pub handlers: Vec<String>,
+    pub handlers: Vec<HandlerLoad>,
+}
+
+/// How busy a handler is.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HandlerLoad {
+    /// Its name.
+    pub name: String,
+    /// Other machines' connections that it serves.
+    pub connections: u32,
 }
 
 /// Liveness probe.

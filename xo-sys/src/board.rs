@@ -241,6 +241,14 @@ impl Keeper {
         }
     }
 
+    /// A connection leaves a machine; its next report says how many are left.
+    pub fn one_leaves(&self, id: u64) {
+        if let Some(row) = self.board.row(id).and_then(|i| self.board.get().rows.get(i)) {
+            let less = row.connections.load(Ordering::Relaxed).saturating_sub(1);
+            row.connections.store(less, Ordering::Relaxed);
+        }
+    }
+
     /// Sets the machines that a home's connections are to leave, at most [`AVOIDED`].
     pub fn set_avoided(&self, home: u64, machines: &[u64]) {
         let homes = &self.board.get().homes;
@@ -294,6 +302,8 @@ mod tests {
         keeper.set_state(t2, DOWN);
         let row = board.row(t1).expect("a row");
         assert_eq!(board.load(row), Load { connections: 7, cpu_permille: 250, reports: 1 });
+        keeper.one_leaves(t1);
+        assert_eq!(board.load(row), Load { connections: 6, cpu_permille: 250, reports: 1 });
         assert_eq!((board.state(t1), board.state(t2)), (UP, DOWN));
         keeper.set_state(t2, UP);
         assert_eq!(board.state(t2), UP);

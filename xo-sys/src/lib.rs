@@ -4,9 +4,11 @@
 //! where a call through libc's `recvmsg` would end in our own hook.
 pub mod board;
 pub mod fdpass;
+pub mod ktls;
 pub mod probe;
 pub mod raw;
 pub mod replay;
+pub mod route;
 pub mod slots;
 pub mod sock_diag;
 pub mod tcp_repair;

@@ -4,8 +4,8 @@
 //! one stays in repair mode, mute, until [`Repaired::start`]; dropping it closes it without a packet.
 //! Repair mode does not stop the stack: what arrives is still acknowledged. Block the flow first.
 //!
-//! Absent on purpose: half-closed and closing states, urgent data, MPTCP, upper-layer protocols. They are
-//! refused with a reason.
+//! Absent on purpose: half-closed and closing states, urgent data, MPTCP, upper-layer protocols other than TLS with
+//! empty queues. They are refused with a reason.
 
 mod dump;
 mod restore;
@@ -21,7 +21,7 @@ use xo_proto::reason::Reason;
 
 use crate::raw::{self, sys};
 
-pub use dump::{Ends, dump, ends, options, unsent};
+pub use dump::{Ends, dump, dump_drained, ends, options, unsent};
 pub use restore::{Repaired, SpareSockets, apply_options, restore};
 
 /// Leave repair mode without a window probe (`TCP_REPAIR_OFF_NO_WP`).

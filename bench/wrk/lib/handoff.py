@@ -1,7 +1,8 @@
-"""Outbound transfers, one connection at a time, in alternating rounds with the naive probe.
+"""Hand-offs of each kind, one connection at a time, in alternating rounds with the naive probe.
 
-Each round raises a fresh bed. XO's time runs from the library's decision in the host's nginx to the target's nginx having
-been handed the socket, so it includes two things that the probe does not do: asking the daemon, and handing over.
+Each round raises a fresh bed. XO's time runs from the library's decision in the server that has the connection to the moment
+when the next server has been handed the socket, so it includes two things that the probe does not do: asking the daemon,
+and handing over. What hand-offs cost is measured beside it (handoff_cost.py).
 """
 
 import os
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 
 import cluster
+import handoff_cost
 
 # Steps of `xo-peerd status`, what they are, and the paper's Table 3 (microseconds) where it has the step.
 STEPS = [
@@ -23,34 +25,64 @@ STEPS = [
     ("ready", "HOST_READY to the handler", 110),
 ]
 PAPER_TOTAL_US = 541
+# Order, and whether the peer channel is encrypted.
 SYSTEMS = [("early", False), ("strict", False), ("early", True)]
-PROBE = re.compile(r"N=\d+ block (\S+) dump (\S+) rpc (\S+) \(T: restore (\S+) rewrite (\S+)\) redirect\+ready (\S+) disconnect (\S+) total (\S+) us")
+# Kind: who hands over, where its status has the times, and what a connection asks for before: each prefix is a node's.
+KINDS = {
+    "outbound": ("host", "handoff_us", ["/t1/"]),
+    "t2t": ("t1", "onward_us", ["/t1/", "/t2/"]),
+    "inbound": ("t1", "inbound_us", ["/t1/", "/home/"]),
+}
+NODE_OF = {"/t1/": "t1", "/t2/": "t2", "/home/": "host"}
+PROBE = re.compile(
+    r"N=\d+ block (\S+) dump (\S+) rpc (\S+) \(T: restore (\S+) rewrite (\S+)\)"
+    r" redirect\+ready (\S+) disconnect (\S+) total (\S+) us"
+)
 
 
-def one_round(mode, tls, count):
-    """Hands `count` connections over; `handoff_us` of the host's status."""
-    with cluster.Bed(1, tls=tls) as bed:
+def write_files(bed):
+    """A policy by which each prefix is a node's, and objects there."""
+    targets = "".join(f'{t} = "{cluster.address(t)}:{cluster.PEER_PORT}"\n' for t in bed.targets)
+    rules = ""
+    for prefix, node in NODE_OF.items():
+        (bed.directory / "www" / prefix.strip("/")).symlink_to("img")
+        to = "local" if node == "host" else node
+        rules += f'[[rule]]\npath_prefix = "{prefix}"\nto = ["{to}"]\nhandler = "web"\n'
+    (bed.directory / "policy.toml").write_text(f"listen = [80]\n[targets]\n{targets}{rules}")
+
+
+def ask(bed, count, prefixes):
+    """So many connections, one after the other, each with one request for each of these; checks who answered."""
+    paths = [f"{prefix}1k" for prefix in prefixes]
+    client = ["python3", cluster.ROOT / "bench/wrk/lib/connect_and_get.py", count, cluster.address("host"), *paths]
+    expected = " ".join(NODE_OF[prefix] for prefix in prefixes)
+    lines = bed.run("client", client).splitlines()
+    if len(lines) != count or any(line != expected for line in lines):
+        wrong = next((line for line in lines if line != expected), "nobody")
+        cluster.die(f"{' '.join(paths)}: answered by {wrong}, not by {expected}: {bed.status('host')}")
+
+
+def one_round(mode, tls, count, cost):
+    """Hands `count` connections of each kind over: times by kind; and, with `cost`, what it costs."""
+    with cluster.Bed(2, tls=tls) as bed:
+        write_files(bed)
         bed.everything(order=mode)
-        client = [
-            "python3",
-            cluster.ROOT / "bench/wrk/lib/connect_and_get.py",
-            count,
-            cluster.address("host"),
-            "/img/1k",
-        ]
-        nodes = [line.split()[0] for line in bed.run("client", client).splitlines()]
-        status = bed.status("host")
-        moved = nodes.count("t1")
-        if moved != count or status["offloads_total"] != count:
-            cluster.die(f"only {moved} of {count} connections moved: {status['refused_by_reason']}")
-        return status["handoff_us"]
+        # Each bed warms up: channels, caches, spare sockets.
+        ask(bed, 20, ["/t1/", "/t2/", "/home/"])
+        times = {}
+        for kind, (node, key, prefixes) in KINDS.items():
+            already = bed.status(node)[key]["samples"]
+            ask(bed, count, prefixes)
+            times[kind] = bed.status(node)[key]
+            if times[kind]["samples"] < already + count:
+                cluster.die(f"{kind}: not all of {count} moved: {bed.status(node)['refused_by_reason']}")
+        return times, handoff_cost.measure(bed, count, ask) if cost else None
 
 
-def probe_round(directory, count):
-    """The probe's means, microseconds; its last line has the mean of the last 200."""
-    result = subprocess.run(
-        ["bash", f"{directory}/run", str(count)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+def probe_round(directory, count, prefix=()):
+    """The probe's means, microseconds; each line has those of its last 200. None when it fails."""
+    command = [*prefix, "bash", f"{directory}/run", str(count)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     lines = [m for m in map(PROBE.search, result.stdout.splitlines()) if m]
     if not lines:
         cluster.die(f"the probe failed:\n{result.stdout[-2000:]}")
@@ -61,64 +93,81 @@ def probe_round(directory, count):
     return {name: statistics.mean(m[name] for m in warm) for name in names}
 
 
+def middle(values):
+    """The median, to a tenth."""
+    return round(statistics.median(values), 1)
+
+
 def run(quick):
-    """Rows, one for each order and kind of peer channel."""
+    """Rows, one for each kind, order and kind of peer channel."""
     rounds, count = (3, 400) if quick else (7, 800)
     directory = os.environ.get("XO_PROBE")
     measured = {system: [] for system in SYSTEMS}
-    probes = []
+    probes, pinned = [], []
     for number in range(rounds):
         order = SYSTEMS if number % 2 == 0 else SYSTEMS[::-1]
         if directory and number % 2 == 0:
             probes.append(probe_round(directory, count))
         for system in order:
-            measured[system].append(one_round(*system, count))
+            measured[system].append(one_round(*system, count, cost=not system[1]))
         if directory and number % 2 == 1:
             probes.append(probe_round(directory, count))
+        if directory:
+            pinned.append(probe_round(directory, count, ["taskset", "-c", handoff_cost.SERVER_CPU]))
         print(f"handoff: round {number + 1} of {rounds}", flush=True)
-    middle = lambda values: round(statistics.median(values), 1)
     rows = []
-    for (mode, tls), results in measured.items():
-        rows.append(
-            {
+    for kind in KINDS:
+        for (mode, tls), results in measured.items():
+            times = [times[kind] for times, _ in results]
+            row = {
                 "part": "handoff",
-                "kind": "outbound",
+                "kind": kind,
                 "mode": mode,
                 "tls": False,
                 "peer_channel": "tls" if tls else "plain",
                 "connections": count * rounds,
-                "p50_us": middle(r["p50"] for r in results),
-                "p99_us": middle(r["p99"] for r in results),
-                "p50_us_rounds": [r["p50"] for r in results],
-                "steps": {name: middle(r[name]["p50"] for r in results) for name, _, _ in STEPS},
+                "p50_us": middle(t["p50"] for t in times),
+                "p99_us": middle(t["p99"] for t in times),
+                "p50_us_rounds": [t["p50"] for t in times],
+                "steps": {name: middle(t[name]["p50"] for t in times) for name, _, _ in STEPS},
                 "probe_us": middle(p["total"] for p in probes) if probes else None,
                 "probe_us_rounds": [round(p["total"], 1) for p in probes],
                 "probe_steps": {k: middle(p[k] for p in probes) for k in probes[0]} if probes else None,
             }
-        )
+            if not tls:
+                row |= handoff_cost.row(kind, [cost for _, cost in results])
+                row["probe_per_s_one_core"] = round(1e6 / middle(p["total"] for p in pinned)) if pinned else None
+            rows.append(row)
     return rows
+
+
+def cell(value):
+    """A table's cell."""
+    return "-" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
 def table(rows):
     """The rows beside the probe and the paper, as Markdown."""
-    heads = [f"{r['mode']}, {r['peer_channel']}" for r in rows]
-    lines = [
-        "## Hand-off: outbound transfer, microseconds\n",
-        f"p50 of {rows[0]['connections']} connections each, medians over rounds; the probe's are means.\n",
-        "| step | " + " | ".join(f"XO ({h})" for h in heads) + " | probe | paper |",
-        "| --- |" + " ---: |" * (len(rows) + 2),
-    ]
     probe = rows[0]["probe_steps"] or {}
     beside = {"block": "block", "dump": "dump", "transfer": "rpc", "restore": "restore", "rewrite": "rewrite", "redirect": "redirect+ready"}
-    cell = lambda value: "-" if value is None else f"{value:.1f}".removesuffix(".0")
-    for name, text, paper in STEPS:
-        cells = [cell(r["steps"][name]) for r in rows] + [cell(probe.get(beside.get(name))), cell(paper)]
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
-    totals = [f"**{cell(r['p50_us'])}**" for r in rows] + [f"**{cell(rows[0]['probe_us'])}**", str(PAPER_TOTAL_US)]
-    lines.append("| **decision to handler** | " + " | ".join(totals) + " |")
-    lines.append("| p99 | " + " | ".join(cell(r["p99_us"]) for r in rows) + " | - | - |")
+    lines = []
+    for kind in KINDS:
+        its = [r for r in rows if r["kind"] == kind]
+        heads = [f"{r['mode']}, {r['peer_channel']}" for r in its]
+        lines += [
+            f"## Hand-off: {kind}, microseconds\n",
+            f"p50 of {its[0]['connections']} connections each, medians over rounds; the probe's are means.\n",
+            "| step | " + " | ".join(f"XO ({h})" for h in heads) + " | probe | paper |",
+            "| --- |" + " ---: |" * (len(its) + 2),
+        ]
+        for name, text, paper in STEPS:
+            cells = [cell(r["steps"][name]) for r in its] + [cell(probe.get(beside.get(name))), cell(paper)]
+            lines.append(f"| {text} | " + " | ".join(cells) + " |")
+        totals = [f"**{cell(r['p50_us'])}**" for r in its] + [f"**{cell(its[0]['probe_us'])}**", str(PAPER_TOTAL_US)]
+        lines.append("| **decision to handler** | " + " | ".join(totals) + " |")
+        lines.append("| p99 | " + " | ".join(cell(r["p99_us"]) for r in its) + " | - | - |\n")
     lines.append(
-        "\nIn the early order the target hands the socket over before it answers, so the whole is less than the sum of the"
-        " steps.\n"
+        "Probe and paper hand over in one direction only, outbound. In the early order the next machine hands the socket over before it"
+        " answers, so the whole is less than the sum of the steps.\n"
     )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + handoff_cost.table(rows)

@@ -9,9 +9,10 @@ import time
 import cluster
 import handoff
 import overhead
+import steering
 
 RESULTS = cluster.ROOT / "bench" / "wrk" / "results"
-PARTS = {"handoff": handoff, "overhead": overhead}
+PARTS = {"handoff": handoff, "overhead": overhead, "steering": steering}
 
 
 def arguments():

@@ -36,11 +36,6 @@ def write_policies(bed):
             (bed.directory / f"{name}.toml").write_text(head + rules)
 
 
-def cpu_ns(process):
-    """Time that a process has spent on a processor."""
-    return int(pathlib.Path(f"/proc/{process}/schedstat").read_text().split()[0])
-
-
 def measure(bed, system, seconds):
     """One system's requests per second, and the worker's processor time for a request, microseconds."""
     followed = SYSTEMS[system][1] is not None
@@ -51,9 +46,9 @@ def measure(bed, system, seconds):
     load = ["taskset", "-c", CLIENT_CPU, "wrk", "-t1", f"-c{CONNECTIONS}"]
     url = f"http://{cluster.address('host')}/loc/{SIZE}"
     bed.run("client", [*load, "-d1s", url])
-    before = cpu_ns(worker)
+    before = cluster.cpu_ns(worker)
     output = bed.run("client", [*load, f"-d{seconds}s", url])
-    used_us = (cpu_ns(worker) - before) / 1000
+    used_us = (cluster.cpu_ns(worker) - before) / 1000
     done = DONE.search(output)
     if BAD.search(output) or not done:
         cluster.die(f"{system}:\n{output}")

@@ -8,6 +8,7 @@ use std::time::Duration;
 use socket2::{Domain, Socket, Type};
 
 use crate::content;
+use crate::program::slowness;
 
 /// Nothing takes this long.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -65,7 +66,7 @@ impl Connection {
     /// Of connect(2).
     pub fn to(address: &str, port: u16) -> io::Result<Connection> {
         let ip: IpAddr = address.parse().map_err(|_| broken("not an address"))?;
-        let stream = TcpStream::connect_timeout(&SocketAddr::new(ip, port), PATIENCE)?;
+        let stream = TcpStream::connect_timeout(&SocketAddr::new(ip, port), PATIENCE * slowness())?;
         Connection::over(stream)
     }
 
@@ -74,8 +75,8 @@ impl Connection {
     /// # Errors
     /// Of setsockopt(2).
     pub fn over(stream: TcpStream) -> io::Result<Connection> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE * slowness()))?;
+        stream.set_write_timeout(Some(PATIENCE * slowness()))?;
         stream.set_nodelay(true)?;
         Ok(Connection { stream, buffer: Vec::new() })
     }

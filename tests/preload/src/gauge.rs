@@ -11,6 +11,11 @@ use std::time::Duration;
 use xo_proto::slot::{COUNTERS, DELIVERIES, SLOTS, WAKE_PORTS};
 
 const PAGE_KIB: u64 = 4;
+/// Share of the samples that belong to the warming up: tables and buffers grow to their size.
+const WARM_UP: usize = 5;
+/// Growth of the median from the first to the last third that is no leak, KiB and per cent.
+const MEMORY_SLACK: u64 = 4 << 10;
+const MEMORY_PERCENT: u64 = 10;
 
 /// Resident memory, KiB, and open descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +76,7 @@ fn sample(pids: &[u32]) -> Sample {
 }
 
 /// Medians of the first and of the last third of the samples.
-#[must_use]
-pub fn thirds(samples: &[Sample]) -> [Sample; 2] {
+fn thirds(samples: &[Sample]) -> [Sample; 2] {
     let third = samples.len().div_ceil(3);
     let median = |of: &[Sample]| {
         let middle = |get: fn(&Sample) -> u64| {
@@ -83,6 +87,43 @@ pub fn thirds(samples: &[Sample]) -> [Sample; 2] {
         Sample { memory: middle(|s| s.memory), descriptors: middle(|s| s.descriptors) }
     };
     [median(&samples[..third]), median(&samples[samples.len() - third..])]
+}
+
+/// Without those of the warming up.
+fn settled(samples: &[Sample]) -> &[Sample] {
+    &samples[samples.len() / WARM_UP..]
+}
+
+/// A line for each: medians of the first and the last third after the warming up.
+#[must_use]
+pub fn summary(samples: &Samples) -> String {
+    let line = |(name, all): (&String, &Vec<Sample>)| {
+        let [first, last] = thirds(settled(all));
+        format!(
+            "{name}: {} to {} KiB, {} to {} descriptors\n",
+            first.memory, last.memory, first.descriptors, last.descriptors
+        )
+    };
+    samples.iter().map(line).collect()
+}
+
+/// Neither memory has grown nor, by more than `descriptors`, the number of open descriptors.
+///
+/// # Panics
+/// When one has.
+pub fn grows_not(samples: &Samples, descriptors: u64) {
+    for (name, all) in samples {
+        let [first, last] = thirds(settled(all));
+        let most = first.memory + first.memory * MEMORY_PERCENT / 100 + MEMORY_SLACK;
+        assert!(last.memory <= most, "{name}: {} KiB, then {}", first.memory, last.memory);
+        let most = first.descriptors + descriptors;
+        assert!(
+            last.descriptors <= most,
+            "{name}: {} descriptors, then {}",
+            first.descriptors,
+            last.descriptors
+        );
+    }
 }
 
 /// Slots and deliveries in use in a process under the library: what its slot table says, which it shares with its daemon.

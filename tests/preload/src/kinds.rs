@@ -59,6 +59,20 @@ impl Kind {
     /// # Panics
     /// When it does not listen.
     pub fn start(self, bed: &Bed, node: &str, command: impl FnOnce(&str) -> Command) -> Server {
+        self.start_with(bed, node, command, str::to_owned)
+    }
+
+    /// As [`Kind::start`]; `edit` makes of the configuration what is wanted instead (not nginx's or Python's).
+    ///
+    /// # Panics
+    /// When it does not listen.
+    pub fn start_with(
+        self,
+        bed: &Bed,
+        node: &str,
+        command: impl FnOnce(&str) -> Command,
+        edit: impl Fn(&str) -> String,
+    ) -> Server {
         let root = bed.root(node);
         if !root.exists() {
             content::write_all(&root);
@@ -71,16 +85,18 @@ impl Kind {
             }
             Kind::Haproxy => {
                 backend = Some(nginx_behind(bed, node));
-                command.args(["-db", "-f"]).arg(bed.file(&format!("{node}-haproxy.cfg"), &haproxy(node)));
+                command
+                    .args(["-db", "-f"])
+                    .arg(bed.file(&format!("{node}-haproxy.cfg"), &edit(&haproxy(node))));
             }
             Kind::Lighttpd => {
-                command.args(["-D", "-f"]).arg(lighttpd(bed, node, &root));
+                command.args(["-D", "-f"]).arg(lighttpd(bed, node, &root, edit));
             }
             Kind::ApacheEvent => {
-                command.args(["-DFOREGROUND", "-f"]).arg(apache(bed, node, &root, "event"));
+                command.args(["-DFOREGROUND", "-f"]).arg(apache(bed, node, &root, "event", edit));
             }
             Kind::ApachePrefork => {
-                command.args(["-DFOREGROUND", "-f"]).arg(apache(bed, node, &root, "prefork"));
+                command.args(["-DFOREGROUND", "-f"]).arg(apache(bed, node, &root, "prefork", edit));
             }
             Kind::Python => {
                 command.arg(bed.file("objects.py", PYTHON)).arg(node).arg(&root).arg("80");
@@ -117,7 +133,7 @@ fn haproxy(node: &str) -> String {
     )
 }
 
-fn lighttpd(bed: &Bed, node: &str, root: &Path) -> PathBuf {
+fn lighttpd(bed: &Bed, node: &str, root: &Path, edit: impl Fn(&str) -> String) -> PathBuf {
     let root = root.display();
     let store = format!(
         "#!/bin/sh\ncat > \"{root}$REQUEST_URI\"\n\
@@ -137,10 +153,10 @@ fn lighttpd(bed: &Bed, node: &str, root: &Path) -> PathBuf {
          url.rewrite-once = (\"\" => \"/store.cgi\")\n cgi.assign = (\".cgi\" => \"\")\n}}\n",
         bed.directory().display(),
     );
-    bed.file(&format!("{node}-lighttpd.conf"), &text)
+    bed.file(&format!("{node}-lighttpd.conf"), &edit(&text))
 }
 
-fn apache(bed: &Bed, node: &str, root: &Path, mpm: &str) -> PathBuf {
+fn apache(bed: &Bed, node: &str, root: &Path, mpm: &str, edit: impl Fn(&str) -> String) -> PathBuf {
     let locks = bed.directory().join(format!("{node}-dav"));
     fs::create_dir_all(&locks).expect("a directory");
     fs::set_permissions(&locks, fs::Permissions::from_mode(0o777)).expect("its mode");
@@ -166,7 +182,7 @@ fn apache(bed: &Bed, node: &str, root: &Path, mpm: &str) -> PathBuf {
          DocumentRoot {root}\nHeader always set X-Node {node}\n\
          <Directory {root}>\nRequire all granted\nDav On\n</Directory>\n"
     );
-    bed.file(&format!("{node}-apache.conf"), &text)
+    bed.file(&format!("{node}-apache.conf"), &edit(&text))
 }
 
 /// Objects and uploads below a root: `objects.py NODE ROOT PORT`.

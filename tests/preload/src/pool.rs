@@ -5,8 +5,8 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -181,5 +181,79 @@ impl Crowd {
             self.threads.into_iter().filter_map(|t| t.join().expect("no panic").err()).collect();
         assert!(errors.is_empty(), "{} clients failed: {errors:#?}", errors.len());
         self.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// Clients with one connection each, on which they ask again and again until they are told to leave.
+#[derive(Debug)]
+pub struct Regulars {
+    all: Vec<Arc<Regular>>,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct Regular {
+    /// The node that served last.
+    node: Mutex<String>,
+    answered: AtomicUsize,
+    leaves: AtomicBool,
+}
+
+impl Regulars {
+    /// So many clients, with a pause after each answer.
+    #[must_use]
+    pub fn start(bed: &Bed, clients: usize) -> Regulars {
+        let all: Vec<_> = (0..clients).map(|_| Arc::new(Regular::default())).collect();
+        let client = |one: &Arc<Regular>| {
+            let one = Arc::clone(one);
+            bed.spawn("client", move || one.ask())
+        };
+        let threads = all.iter().map(client).collect();
+        Regulars { all, threads }
+    }
+
+    /// Those that were last served by this node leave; how many.
+    #[must_use]
+    pub fn leave(&self, node: &str) -> usize {
+        let is_there = |c: &&Arc<Regular>| *c.node.lock().unwrap_or_else(PoisonError::into_inner) == node;
+        let there: Vec<_> = self.all.iter().filter(is_there).collect();
+        there.iter().for_each(|c| c.leaves.store(true, Ordering::Relaxed));
+        there.len()
+    }
+
+    /// Each that is left gets so many answers more.
+    ///
+    /// # Panics
+    /// When they do not come.
+    pub fn go_on(&self, more: usize) {
+        let staying: Vec<_> = self.all.iter().filter(|c| !c.leaves.load(Ordering::Relaxed)).collect();
+        let answered = |c: &Arc<Regular>| c.answered.load(Ordering::Relaxed);
+        let before: Vec<_> = staying.iter().map(|c| answered(c)).collect();
+        let went_on = || staying.iter().zip(&before).all(|(c, n)| answered(c) >= n + more);
+        assert!(wait_for(Duration::from_secs(30), went_on), "clients are stuck");
+    }
+
+    /// Ends it.
+    ///
+    /// # Panics
+    /// When one of them was not answered.
+    pub fn end(self) {
+        self.all.iter().for_each(|c| c.leaves.store(true, Ordering::Relaxed));
+        let ended = self.threads.into_iter().map(|t| t.join().expect("no panic"));
+        let errors: Vec<_> = ended.filter_map(Result::err).collect();
+        assert!(errors.is_empty(), "{} clients failed: {errors:#?}", errors.len());
+    }
+}
+
+impl Regular {
+    fn ask(&self) -> io::Result<()> {
+        let mut c = Connection::to(&address("host"), 80)?;
+        while !self.leaves.load(Ordering::Relaxed) {
+            let node = c.get("/img/1k")?.node().to_owned();
+            *self.node.lock().unwrap_or_else(PoisonError::into_inner) = node;
+            self.answered.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 }

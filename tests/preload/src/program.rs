@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::random;
+
 /// A running program, leader of its own process group.
 #[derive(Debug)]
 pub struct Program {
@@ -177,9 +179,16 @@ pub fn stay_on_one_processor() {
     assert_eq!(result, 0, "sched_setaffinity: {}", std::io::Error::last_os_error());
 }
 
+/// How many times slower than a processor this machine is: an emulated one says so by XO_SLOWNESS (scripts/vm does). Limits
+/// are so much longer; what is tested is the same.
+#[must_use]
+pub fn slowness() -> u32 {
+    u32::try_from(random::setting("XO_SLOWNESS", 1)).expect("a small number")
+}
+
 /// Waits until `done`; false when it did not come true in time.
 pub fn wait_for(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + limit;
+    let end = Instant::now() + limit * slowness();
     loop {
         if done() {
             return true;

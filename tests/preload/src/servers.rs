@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::Bed;
 use crate::bed::built;
 use crate::content;
-use crate::program::{Program, wait_for};
+use crate::program::{Program, slowness, wait_for};
 
 /// What a test's daemon needs besides the usual.
 #[derive(Clone, Debug, Default)]
@@ -77,12 +77,23 @@ impl Bed {
     /// When it does not.
     pub fn peerd(&self, node: &str, options: &PeerdOptions) -> Program {
         let handlers = if options.sections.is_empty() { WEB } else { &options.sections };
-        let text = format!(
-            "node = \"{node}\"\nlisten = \"{}:{PEER_PORT}\"\nsocket = \"{}\"\n{}\n{handlers}",
+        let head = if options.head.is_empty() { "insecure = true" } else { &options.head };
+        let mut text = format!(
+            "node = \"{node}\"\nlisten = \"{}:{PEER_PORT}\"\nsocket = \"{}\"\n{head}\n",
             address(node),
             self.socket(node).display(),
-            if options.head.is_empty() { "insecure = true" } else { &options.head },
         );
+        let slower = slowness();
+        if slower > 1 && !head.contains("handoff") {
+            // The early order gives a connection up that is not confirmed within 0.3 s, which an emulated processor may need.
+            text += "handoff = \"strict\"\n";
+        }
+        if slower > 1 && !head.contains("limits") && !handlers.contains("limits") {
+            // The defaults are meant for machines.
+            text += &format!("limits.timeout_ms = {}\n", 100 * slower);
+            text += &format!("limits.connect_timeout_ms = {}\n", 500 * slower);
+        }
+        text += handlers;
         let config = self.file(&format!("{node}.toml"), &text);
         let mut command = Command::new(built("xo-peerd"));
         command.args(["run", "--config"]).arg(config).env("RUST_LOG", log_level());

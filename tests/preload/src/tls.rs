@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::Bed;
 use crate::bed::built;
 use crate::content;
+use crate::kinds::{Kind, Server};
 use crate::program::{Program, enter, wait_for};
 use crate::servers::{PEER_PORT, PeerdOptions, WEB, address};
 
@@ -237,6 +238,44 @@ impl Https {
         let mut program = self.bed.start(node, &format!("{node}-python"), &mut command);
         self.bed.wait_listening(node, 443, &mut program);
         program
+    }
+
+    /// Another server with TLS, on port 443 of a node.
+    ///
+    /// # Panics
+    /// For nginx and Python, which have functions of their own; when it does not listen.
+    pub fn server(&self, kind: Kind, node: &str) -> Server {
+        let d = self.bed.directory().display();
+        let pair: String = ["rsa.pem", "rsa.key"]
+            .iter()
+            .map(|f| fs::read_to_string(self.bed.directory().join(f)).expect("certificate and key"))
+            .collect();
+        let both = self.bed.file("rsa-both.pem", &pair);
+        let both = both.display();
+        let edit = |text: &str| match kind {
+            Kind::Haproxy => {
+                let plain = " bind :::80 v4v6\n";
+                assert!(text.contains(plain));
+                text.replace(plain, &format!("{plain} bind :::443 v4v6 ssl crt {both}\n"))
+            }
+            Kind::Lighttpd => format!(
+                "{text}server.modules += (\"mod_openssl\")\n$SERVER[\"socket\"] == \":443\" {{\n\
+                 ssl.engine = \"enable\"\n ssl.pemfile = \"{both}\"\n}}\n"
+            ),
+            Kind::ApacheEvent | Kind::ApachePrefork => {
+                let root = self.bed.root(node);
+                format!(
+                    "{text}LoadModule ssl_module /usr/lib/apache2/modules/mod_ssl.so\nListen 443\n\
+                     <VirtualHost *:443>\nDocumentRoot {}\nSSLEngine on\nSSLCertificateFile {d}/rsa.pem\n\
+                     SSLCertificateKeyFile {d}/rsa.key\n</VirtualHost>\n",
+                    root.display()
+                )
+            }
+            Kind::Nginx | Kind::Python => panic!("{kind:?} has a function of its own"),
+        };
+        let mut server = kind.start_with(&self.bed, node, |program| self.preloaded(node, program), edit);
+        self.bed.wait_listening(node, 443, &mut server.program);
+        server
     }
 
     /// Runs the client against a port of the host. `suite` is one of [`SUITES`].

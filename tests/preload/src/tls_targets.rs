@@ -24,17 +24,18 @@ impl Https {
         self.bed.servers().into_iter().filter(|n| n != "host").collect()
     }
 
-    /// By this policy `/img/NODE/` and `/up/NODE/` are served on that target, and what has no rule wherever it is.
+    /// By this policy `/img/NODE/` and `/up/NODE/` are served on that node, and what has no rule wherever it is.
     #[must_use]
     pub fn target_policy(&self) -> String {
         let mut text = "listen = [443, 8080]\n[targets]\n".to_owned();
         for t in self.targets() {
             text += &format!("{t} = \"{}:{PEER_PORT}\"\n", address(&t));
         }
-        for t in self.targets() {
+        for node in self.bed.servers() {
+            let to = if node == "host" { "local" } else { &node };
             for directory in ["img", "up"] {
                 text += &format!(
-                    "[[rule]]\npath_prefix = \"/{directory}/{t}/\"\nto = [\"{t}\"]\nhandler = \"plain\"\n"
+                    "[[rule]]\npath_prefix = \"/{directory}/{node}/\"\nto = [\"{to}\"]\nhandler = \"plain\"\n"
                 );
             }
         }
@@ -57,8 +58,10 @@ impl Https {
     pub fn share_objects(&self) {
         let root = self.bed.root("host");
         content::write_all(&root);
-        for node in self.targets() {
-            symlink(&root, self.bed.root(&node)).expect("a link");
+        for node in self.bed.servers() {
+            if node != "host" {
+                symlink(&root, self.bed.root(&node)).expect("a link");
+            }
             for directory in ["img", "up"] {
                 symlink(".", root.join(directory).join(&node)).expect("a link");
             }

@@ -1,12 +1,16 @@
 //! Which machine gets a request: by key, by load, by what state the machines are in, and by policies that change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use xo_proto::http::{Head, parse_head};
 use xo_proto::policy::{Decision, Here, Idle, Pick, Policy};
-use xo_tests::pool::{self, Crowd, Pool, peerd_says, wait_target};
+use xo_tests::counters::Counters;
+use xo_tests::pool::{self, Crowd, Pool, Regulars, peerd_says, wait_target};
 use xo_tests::program::wait_for;
 use xo_tests::servers::address;
 use xo_tests::{Bed, Connection};
@@ -129,6 +133,56 @@ fn the_least_loaded_gets_the_next() {
     }
 }
 
+/// Connections at each target, as the host has them; `None` while they are not so many in all, or no machine would rest:
+/// one has more than its share and more than a quarter above the least loaded.
+fn balanced(bed: &Bed, all: usize) -> Option<BTreeMap<String, u64>> {
+    let targets = bed.servers().into_iter().filter(|n| n != "host");
+    let loads = targets.map(|t| Some((t.clone(), pool::target(bed, "host", &t)?.1)));
+    let loads = loads.collect::<Option<BTreeMap<_, _>>>()?;
+    let (sum, least) = (loads.values().sum::<u64>(), loads.values().min()? + 1);
+    let mean = sum.div_ceil(loads.len() as u64);
+    let rests = |n: &u64| *n <= mean || *n * 4 <= least * 5;
+    (sum == all as u64 && loads.values().all(rests)).then_some(loads)
+}
+
+#[test]
+fn connections_move_to_a_target_that_has_less_to_do() {
+    const CLIENTS: usize = 64;
+    let bed = Bed::up(4, 1);
+    let rule = "[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"t2\", \"t3\", \"t4\"]\n\
+                balance = \"least_loaded\"\nsticky = \"balanced\"\nhandler = \"web\"\n";
+    let _pool = Pool::up(&bed, rule);
+    let before = Counters::of(&bed);
+    let regulars = Regulars::start(&bed, CLIENTS);
+    let moves = || bed.servers().iter().map(|n| bed.status(n, "/onward_total")).sum::<u64>();
+    let balance = |all| {
+        let mut loads = None;
+        let in_time = wait_for(Duration::from_secs(30), || {
+            loads = balanced(&bed, all);
+            loads.is_some()
+        });
+        assert!(in_time, "{:?}", bed.try_status("host"));
+        // It stays so. A move may be under way still, decided on by the last but one report.
+        let at_rest = wait_for(Duration::from_secs(30), || {
+            let before = moves();
+            regulars.go_on(30);
+            moves() == before
+        });
+        assert!(at_rest, "connections move to and fro: {:?}", bed.try_status("host"));
+        println!("{loads:?} after {} moves", moves());
+    };
+    balance(CLIENTS);
+    let so_far = moves();
+    let left = CLIENTS - regulars.leave("t1");
+    assert!(left < CLIENTS, "nobody was at t1");
+    balance(left);
+    assert!(moves() > so_far, "nobody has moved");
+    let counted = Counters::of(&bed).since(&before);
+    assert_eq!(counted.get_on("client", "EstabResets"), 0, "{}", counted.troubles());
+    regulars.end();
+    bed.wait_idle(&["host", "t1", "t2", "t3", "t4"]);
+}
+
 const BY_TURNS: &str = "[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"t2\"]\nhandler = \"web\"\n\
                         [[rule]]\npath_prefix = \"/loc/\"\nto = [\"t1\"]\nhandler = \"web\"\n";
 
@@ -188,6 +242,67 @@ fn a_targets_server_is_stopped() {
     println!("{counts:?}");
     assert!(!counts.contains_key("t1") && counts["t2"] >= 90, "{counts:?}");
     assert!(bed.status("host", "/refused_by_reason/no_handler") <= 10, "{:?}", bed.try_status("host"));
+    pool.start_server(&bed, "t1");
+    served_again(&bed, "t1");
+}
+
+/// An answer, or none, on a connection: when that was opened, and who answered.
+type Answers = Vec<(Instant, Result<String, String>)>;
+
+/// Asks until told to stop; a connection that breaks is replaced.
+fn persistent(bed: &Bed, stop: &Arc<AtomicBool>, number: usize) -> JoinHandle<Answers> {
+    let stop = Arc::clone(stop);
+    bed.spawn("client", move || {
+        let mut all = Answers::new();
+        while !stop.load(Ordering::Relaxed) {
+            let opened = Instant::now();
+            let mut c = Connection::to(&address("host"), 80).expect("connect");
+            for i in 0..20 {
+                let path = ["/img/1k", "/img/64k", "/img/1"][(number + i) % 3];
+                let answer = c.get(path).map(|r| r.node().to_owned()).map_err(|e| format!("{path}: {e}"));
+                let broken = answer.is_err();
+                all.push((opened, answer));
+                if broken || stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        }
+        all
+    })
+}
+
+/// Its daemon stays: who asks it is told that nobody is there.
+#[test]
+fn a_targets_server_is_killed_under_load() {
+    const CLIENTS: usize = 16;
+    let bed = Bed::up(2, 1);
+    let mut pool = Pool::up(&bed, BY_TURNS);
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..CLIENTS).map(|number| persistent(&bed, &stop, number)).collect();
+    let served_by = |node: &str| bed.status(node, "/accepted_total");
+    let both = || served_by("t1") > 50 && served_by("t2") > 50;
+    assert!(wait_for(Duration::from_secs(30), both), "{:?}", bed.try_status("host"));
+    // Master and workers, by SIGKILL.
+    pool.servers.remove("t1");
+    let noticed = || bed.status("t1", "/acceptors/web") == 0;
+    assert!(wait_for(Duration::from_secs(10), noticed), "{:?}", bed.try_status("t1"));
+    let (gone, before) = (Instant::now(), served_by("t2"));
+    let went_on = wait_for(Duration::from_secs(30), || served_by("t2") > before + 200);
+    stop.store(true, Ordering::Relaxed);
+    let all: Vec<_> = clients.into_iter().flat_map(|c| c.join().expect("no panic")).collect();
+    assert!(went_on, "{:?}", bed.try_status("host"));
+    let (after, earlier): (Answers, Answers) = all.into_iter().partition(|(opened, _)| *opened > gone);
+    let errors = |answers: &Answers| answers.iter().filter_map(|(_, a)| a.clone().err()).collect::<Vec<_>>();
+    println!(
+        "{} answers and {} ends before, {} answers after",
+        earlier.len(),
+        errors(&earlier).len(),
+        after.len()
+    );
+    assert_eq!(errors(&after), Vec::<String>::new());
+    let nodes: BTreeSet<_> = after.iter().flat_map(|(_, a)| a.clone().ok()).collect();
+    assert!(nodes.contains("t2") && !nodes.contains("t1"), "{nodes:?}");
+    assert!(bed.status("host", "/refused_by_reason/no_handler") > 0, "{:?}", bed.try_status("host"));
     pool.start_server(&bed, "t1");
     served_again(&bed, "t1");
 }

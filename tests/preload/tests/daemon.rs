@@ -4,6 +4,7 @@ use std::fs;
 use std::process::{Command, Output};
 
 use xo_tests::bed::built;
+use xo_tests::pool::peerd_says;
 use xo_tests::program::wait_for;
 use xo_tests::servers::{PEER_PORT, PeerdOptions, address};
 use xo_tests::{Bed, Connection};
@@ -49,6 +50,12 @@ fn check_says_what_is_wrong_and_where() {
         ("listen = \"here\"\n", good.into(), "peerd.toml:4:10"),
         ("bogus = 1\n", good.into(), "peerd.toml:4:1"),
         ("[[handler]]\nname = \"web\"\nmode = \"attach\"\n", good.into(), "peerd.toml:4:1"),
+        ("[[handler]]\nname = \"web\"\nmode = \"pool\"\n", good.into(), "peerd.toml:4:1"),
+        (
+            "[[handler]]\nname = \"web\"\nmode = \"pool\"\ncommand = [\"/bin/cat\"]\nworkers = 0\n",
+            good.into(),
+            "peerd.toml:8:11",
+        ),
         ("[[handler]]\nname = \"web\"\nmode = \"exec\"\ncommand = []\n", good.into(), "peerd.toml:"),
     ];
     for (config_more, policy_text, place) in cases {
@@ -133,9 +140,38 @@ fn metrics_in_prometheus_text() {
     ];
     let _servers = ["host", "t1"].map(|n| bed.nginx(n));
     bed.wait_acceptors("t1", "web", 4);
-    assert_eq!(one_request(&bed), "t1");
+    let mut served = bed.on("client", || {
+        let mut c = Connection::to(&address("host"), 80).expect("connect");
+        assert_eq!(c.get("/img/64k").expect("a response").node(), "t1");
+        c
+    });
+    // What the target says of itself comes with its next report.
+    let expected = [
+        "xo_offloads_total 1",
+        "xo_target_up{target=\"t1\"} 1",
+        "xo_target_connections{target=\"t1\"} 1",
+        "xo_target_serves{target=\"t1\"} 1",
+        "xo_target_handler_serves{target=\"t1\",handler=\"web\"} 1",
+    ];
+    let page = metrics_with(&bed, &expected);
+    for line in page.lines().filter(|l| !l.starts_with('#')) {
+        let (name, value) = line.rsplit_once(' ').expect("name and value");
+        assert!(name.starts_with("xo_") && value.parse::<f64>().is_ok(), "{line}");
+    }
+    let cpu = page.lines().find_map(|l| l.strip_prefix("xo_target_cpu_ratio{target=\"t1\"} "));
+    assert!(cpu.is_some_and(|v| v.parse().is_ok_and(|v: f64| (0.0..=1.0).contains(&v))), "{page}");
+    let table = text(&peerd_says(&bed, "host", &["status"]).stdout);
+    let shown = "t1 up, 1 connections from here, serves 1 (web 1), CPU ";
+    assert!(table.contains(shown), "{table}");
+    served.get("/img/1k").expect("still served");
+    drop(served);
+    metrics_with(&bed, &["xo_target_serves{target=\"t1\"} 0"]);
+}
+
+/// The page of the host's metrics when all these lines are on it.
+fn metrics_with(bed: &Bed, lines: &[&str]) -> String {
     let mut page = String::new();
-    let counted = wait_for(std::time::Duration::from_secs(10), || {
+    let are_there = wait_for(std::time::Duration::from_secs(20), || {
         page = bed.on("host", || {
             let mut c = Connection::to("127.0.0.1", 9400).expect("connect");
             c.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").expect("send");
@@ -143,11 +179,8 @@ fn metrics_in_prometheus_text() {
             assert_eq!(response.status, 200);
             text(&response.body)
         });
-        page.lines().any(|l| l == "xo_offloads_total 1")
+        lines.iter().all(|line| page.lines().any(|l| l == *line))
     });
-    assert!(counted, "{page}");
-    for line in page.lines().filter(|l| !l.starts_with('#')) {
-        let (name, value) = line.rsplit_once(' ').expect("name and value");
-        assert!(name.starts_with("xo_") && value.parse::<f64>().is_ok(), "{line}");
-    }
+    assert!(are_there, "not all of {lines:?}: {page}");
+    page
 }

@@ -38,6 +38,33 @@ fn without_a_daemon_on_the_target() {
     assert_eq!(bed.status("host", "/flows_active"), 0);
 }
 
+/// A target that cannot be reached is tried again and again, and spoken of once; and once more when it is there.
+#[test]
+fn an_outage_is_said_once() {
+    let bed = Bed::up(1, 1);
+    let head = format!("insecure = true\npolicy = \"{}\"", bed.usual_policy().display());
+    let host = bed.peerd("host", &PeerdOptions { head, ..PeerdOptions::default() });
+    let failures = || bed.on("host", Counters::here).get("AttemptFails");
+    let said = |what: &str| {
+        host.output()
+            .lines()
+            .filter(|l| l.contains("INFO") || l.contains("WARN"))
+            .filter(|l| l.contains(what))
+            .count()
+    };
+    for outage in 1..=2 {
+        // Pauses of 100 ms, 200 ms and so on.
+        let before = failures();
+        assert!(wait_for(Duration::from_secs(20), || failures() >= before + 4), "{}", host.output());
+        assert_eq!(said("peer t1 at 10.3.0.2:7400: "), outage, "{}", host.output());
+        assert_eq!(said("Connection refused"), outage, "{}", host.output());
+        let target = bed.peerd("t1", &PeerdOptions::default());
+        let back = || said("peer t1: connected again after") == outage;
+        assert!(wait_for(Duration::from_secs(20), back), "{}", host.output());
+        drop(target);
+    }
+}
+
 #[test]
 fn a_target_that_refuses() {
     let bed = Bed::up(1, 1);

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use xo_tests::counters::Counters;
-use xo_tests::program::{Program, wait_for};
+use xo_tests::program::{Program, slowness, wait_for};
 use xo_tests::servers::{address, address6};
 use xo_tests::{Bed, Connection, content};
 
@@ -31,12 +31,13 @@ fn one_connection_goes_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
     let programs = bed.sharded();
     let nodes = bed.servers();
+    let requests = 1000 / slowness() as usize;
     for host in [address("host"), address6("host")] {
         let before = Counters::of(&bed);
         let nodes = nodes.clone();
         bed.on("client", move || {
             let mut c = Connection::to(&host, 80).expect("connect");
-            for i in 0..1000 {
+            for i in 0..requests {
                 let place = place(&nodes, 0, i);
                 let name = content::SIZES[i % 4].0;
                 let response = c.get(&format!("/img/{place}/{name}")).unwrap_or_else(|e| panic!("{i}: {e}"));

@@ -11,7 +11,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use xo_tests::Bed;
-use xo_tests::gauge::{self, Gauge, Sample, Samples};
+use xo_tests::gauge::{self, Gauge, Samples};
 use xo_tests::program::{Program, wait_for};
 use xo_tests::random::{Random, setting};
 use xo_tests::servers::{PeerdOptions, address, address6};
@@ -22,11 +22,6 @@ const CLIENTS: u64 = 64;
 /// What a connection may have been given to a process that has just died is closed with it within this time.
 const AFTERMATH: Duration = Duration::from_millis(100);
 const SAMPLE_EVERY: Duration = Duration::from_millis(500);
-/// Share of the samples that belong to the warming up: tables and buffers grow to their size.
-const WARM_UP: usize = 5;
-/// Growth of the median from the first to the last third that is no leak, KiB and per cent.
-const MEMORY_SLACK: u64 = 4 << 10;
-const MEMORY_PERCENT: u64 = 10;
 
 /// A daemon that was started again has settled what its predecessor was about (docs/PROTOCOL.md).
 const SETTLED: Duration = Duration::from_secs(6);
@@ -242,7 +237,8 @@ fn nothing_is_lost_and_nothing_grows() {
     assert!(moved() >= handoffs, "{} of {handoffs} hand-offs in {took:?}", moved());
     soak.judge(&traffic.tally);
     soak.wait_until_nothing_is_left(&before);
-    grows_not(&samples);
+    // A client more or less has its connection there at that moment.
+    gauge::grows_not(&samples, 2 * CLIENTS);
     soak.take_down();
 }
 
@@ -260,13 +256,7 @@ impl Soak {
             n(&tally.bytes) >> 20,
         );
         println!("faults: {:?}; {losses} connections ended with t1's server", self.faults);
-        for (name, all) in samples {
-            let [first, last] = gauge::thirds(settled(all));
-            println!(
-                "{name}: {} to {} KiB, {} to {} descriptors",
-                first.memory, last.memory, first.descriptors, last.descriptors
-            );
-        }
+        print!("{}", gauge::summary(samples));
         for node in NODES {
             let status = self.bed.try_status(node).unwrap_or_default();
             println!("{node}: refused {} failed {}", status["refused_by_reason"], status["failed_by_reason"]);
@@ -289,27 +279,6 @@ impl Soak {
             "{} connections lost in {} deaths",
             losses.len(),
             self.deaths.len()
-        );
-    }
-}
-
-/// Without those of the warming up.
-fn settled(samples: &[Sample]) -> &[Sample] {
-    &samples[samples.len() / WARM_UP..]
-}
-
-fn grows_not(samples: &Samples) {
-    for (name, all) in samples {
-        let [first, last] = gauge::thirds(settled(all));
-        let most = first.memory + first.memory * MEMORY_PERCENT / 100 + MEMORY_SLACK;
-        assert!(last.memory <= most, "{name}: {} KiB, then {}", first.memory, last.memory);
-        // A client more or less has its connection there at that moment.
-        let most = first.descriptors + 2 * CLIENTS;
-        assert!(
-            last.descriptors <= most,
-            "{name}: {} descriptors, then {}",
-            first.descriptors,
-            last.descriptors
         );
     }
 }

@@ -5,6 +5,7 @@
 use std::process::Command;
 
 use serde_json::{Value, json};
+use xo_tests::kinds::Kind;
 use xo_tests::servers::{PeerdOptions, address};
 use xo_tests::tls::{Https, Interactive, SUITES};
 
@@ -184,6 +185,23 @@ fn python_as_the_server() {
         moves += 2 * WOULD_MOVE;
         assert_eq!(https.refused("tls_unsupported"), moves, "{suite:?}: {}", https.about());
         assert_sound(&https);
+    }
+}
+
+#[test]
+fn other_servers() {
+    for kind in [Kind::Haproxy, Kind::ApacheEvent, Kind::ApachePrefork, Kind::Lighttpd] {
+        let https = Https::up();
+        let _daemons = https.daemons();
+        let _server = https.server(kind, "host");
+        let mut moves = 0;
+        for suite in [SUITES[0], SUITES[1], SUITES[3], SUITES[5]] {
+            let got = https.client(443, Some(suite), json!({ "steps": steps(), "connections": 2 }));
+            assert_served(&got, 2);
+            moves += 2 * WOULD_MOVE;
+            assert_eq!(https.refused("tls_unsupported"), moves, "{kind:?} {suite:?}: {}", https.about());
+            assert_sound(&https);
+        }
     }
 }
 

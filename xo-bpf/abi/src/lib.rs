@@ -10,6 +10,10 @@ pub const FLOWS_MAP: &str = "FLOWS";
 pub const REWRITES_MAP: &str = "REWRITES";
 /// Name of the ring buffer that carries [`HeldHeader`] followed by the packet, from its network header on.
 pub const HELD_MAP: &str = "HELD";
+/// Name of the map that holds [`NextHop`] by address, v4-mapped for IPv4.
+pub const HOPS_MAP: &str = "HOPS";
+/// Entries of [`HOPS_MAP`].
+pub const MAX_HOPS: u32 = 256;
 /// Name of the per-CPU array of `u64` counters, indexed by [`Path`].
 pub const COUNTERS_MAP: &str = "COUNTERS";
 /// Name of the ingress program.
@@ -78,6 +82,20 @@ pub struct FlowEntry {
     /// The target, by its number in the daemon's list of names. For user space only: a restarted daemon finds its flows
     /// again in the pinned map.
     pub peer: u32,
+}
+
+/// Value of [`HOPS_MAP`]: the way to an address. User space writes it whole, again and again.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// Not to be believed after this, `CLOCK_MONOTONIC` nanoseconds: routes may have changed while there was no daemon.
+    pub until_ns: u64,
+    /// Index of the interface.
+    pub interface: u32,
+    /// Family of the neighbour's address, `AF_INET` or `AF_INET6`.
+    pub family: u32,
+    /// The neighbour's address, in network byte order; an IPv4 one is the first word.
+    pub address: [u32; 4],
 }
 
 /// Value of [`REWRITES_MAP`]: the source that a target's packets must carry.
@@ -157,10 +175,17 @@ pub enum Path {
     Delivered = 10,
     /// Egress: a RST for a connection that has left this machine; dropped.
     Muted = 11,
+    /// Ingress: of a redirected flow, but without time to live for one more hop; dropped.
+    Expired = 12,
+    /// Ingress: an ICMP error about a packet of a redirected or delivered flow; rewritten, and sent or passed to where the
+    /// connection is.
+    QuoteSteered = 13,
+    /// Ingress: an ICMP error about a packet of a held flow; passed to the local stack, where the connection still is.
+    QuotePassed = 14,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 12;
+pub const PATHS: u32 = 15;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -176,10 +201,14 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "rewrite_failed",
     "delivered",
     "muted",
+    "expired",
+    "quote_steered",
+    "quote_passed",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);
 const _: () = assert!(size_of::<FlowEntry>() == 64);
+const _: () = assert!(size_of::<NextHop>() == 32);
 const _: () = assert!(size_of::<RewriteEntry>() == 80);
 const _: () = assert!(size_of::<HeldHeader>() == 56);
 
@@ -191,4 +220,6 @@ mod user {
     unsafe impl aya::Pod for super::FlowEntry {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::RewriteEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::NextHop {}
 }

@@ -233,7 +233,10 @@ fn unknown_keys_say_where_and_what_there_is() {
     errors(&[
         ("lisen = 1\n", &format!("3:1: unknown field `lisen`, expected one of {all}")),
         (tls, "7:1: unknown field `chain`, expected one of `ca`, `cert`, `key`"),
-        (&handler, "7:3: unknown field `ports`, expected one of `name`, `mode`, `port`, `command`"),
+        (
+            &handler,
+            "7:3: unknown field `ports`, expected one of `name`, `mode`, `port`, `command`, `workers`, `socket`",
+        ),
         (
             "[limits]\ntimeout = 5\n",
             "4:1: unknown field `timeout`, expected one of `timeout_ms`, `connect_timeout_ms`, `spin_us`",
@@ -268,7 +271,7 @@ fn values_of_another_kind_say_where() {
         ("interfaces = [1]\n", "3:15: invalid type: integer `1`, expected a string"),
         ("socket = 5\n", "3:10: invalid type: integer `5`, expected path string"),
         ("[handler]\nname = \"a\"\n", "3:1: invalid type: map, expected a sequence"),
-        (&handler("pool", ""), "5:8: unknown variant `pool`, expected `attach` or `exec`"),
+        (&handler("fork", ""), "5:8: unknown variant `fork`, expected one of `attach`, `exec`, `pool`"),
         (&handler("attach", "port = 70000"), "6:8: invalid value: integer `70000`, expected u16"),
         (
             &handler("exec", "command = \"/bin/sh\""),
@@ -306,6 +309,50 @@ fn interfaces_and_users_exist() {
 }
 
 #[test]
+fn a_pool_starts_its_workers_or_has_a_socket_for_them() {
+    let mode = |rest: &str| load(&format!("{BASE}{}", handler("pool", rest))).handlers[0].mode.clone();
+    let pool = |command: &[&str], workers, socket: Option<&str>| HandlerMode::Pool {
+        command: command.iter().map(|a| (*a).to_owned()).collect(),
+        workers,
+        socket: socket.map(PathBuf::from),
+    };
+    assert_eq!(mode("command = [\"/bin/sh\", \"x\"]"), pool(&["/bin/sh", "x"], 1, None));
+    assert_eq!(mode("command = [\"/bin/sh\"]\nworkers = 1024"), pool(&["/bin/sh"], 1024, None));
+    assert_eq!(mode("socket = \"/run/xo/a\""), pool(&[], 0, Some("/run/xo/a")));
+    let both = "socket = \"/run/xo/a\"\nworkers = 2\ncommand = [\"/bin/sh\"]";
+    assert_eq!(mode(both), pool(&["/bin/sh"], 2, Some("/run/xo/a")));
+    let path = "`socket` is an absolute path of at most 107 bytes";
+    let long = format!("socket = \"/{}\"", "a".repeat(107));
+    let twice = format!(
+        "{}[[handler]]\nname = \"b\"\nmode = \"pool\"\nsocket = \"/a\"\n",
+        handler("pool", "socket = \"/a\"")
+    );
+    errors(&[
+        (&handler("pool", ""), "3:1: mode `pool` needs a `command`, or a `socket`"),
+        (&handler("pool", "workers = 2"), "3:1: mode `pool` needs a `command`, or a `socket`"),
+        (&handler("pool", "port = 1\nsocket = \"/a\""), "6:8: mode `pool` has no `port`"),
+        (
+            &handler("pool", "socket = \"/a\"\nworkers = 2"),
+            "7:11: `workers` without a `command` to start them by",
+        ),
+        (&handler("pool", "workers = 0\ncommand = [\"/bin/sh\"]"), "6:11: `workers` is 1 to 1024"),
+        (&handler("pool", "workers = 1025\ncommand = [\"/bin/sh\"]"), "6:11: `workers` is 1 to 1024"),
+        (
+            &handler("pool", "workers = -1\nsocket = \"/a\""),
+            "6:11: invalid value: integer `-1`, expected u32",
+        ),
+        (
+            &handler("pool", "command = [\"worker\"]"),
+            "6:11: `command` begins with the absolute path of a program",
+        ),
+        (&handler("pool", "socket = \"a\""), &format!("6:10: {path}")),
+        (&handler("pool", &long), &format!("6:10: {path}")),
+        (&handler("pool", "socket = \"/run/xo/peerd.sock\""), "6:10: a second socket /run/xo/peerd.sock"),
+        (&twice, "10:10: a second socket /a"),
+    ]);
+}
+
+#[test]
 fn a_handler_has_what_its_mode_needs_and_nothing_else() {
     let program = "`command` begins with the absolute path of a program";
     let twice = format!("{}{}", handler("attach", "port = 1"), handler("exec", "command = [\"/bin/sh\"]"));
@@ -315,8 +362,10 @@ fn a_handler_has_what_its_mode_needs_and_nothing_else() {
         (&handler("attach", "command = [\"/bin/sh\"]"), "6:11: mode `attach` has no `command`"),
         (&handler("attach", "port = 1\ncommand = [\"/bin/sh\"]"), "7:11: mode `attach` has no `command`"),
         (&handler("exec", ""), "3:1: mode `exec` needs a `command`"),
-        (&handler("exec", "port = 1"), "3:1: mode `exec` needs a `command`"),
-        (&handler("exec", "port = 1\ncommand = [\"/bin/sh\"]"), "3:1: mode `exec` has no `port`"),
+        (&handler("exec", "port = 1"), "6:8: mode `exec` has no `port`"),
+        (&handler("exec", "port = 1\ncommand = [\"/bin/sh\"]"), "6:8: mode `exec` has no `port`"),
+        (&handler("exec", "command = [\"/bin/sh\"]\nworkers = 2"), "7:11: mode `exec` has no `workers`"),
+        (&handler("attach", "port = 1\nsocket = \"/x\""), "7:10: mode `attach` has no `socket`"),
         (&handler("exec", "command = []"), &format!("6:11: {program}")),
         (&handler("exec", "command = [\"sh\"]"), &format!("6:11: {program}")),
         (&handler("exec", "command = [\"/no/such\"]"), &format!("6:11: {program}")),

@@ -2,18 +2,25 @@
 //! only a real interface shows.
 
 mod bench;
+mod cost;
 mod fixture;
 mod frame;
 mod live;
 mod maps;
 mod sweep;
 mod tap;
+mod veth;
 
 use bench::Hook;
 
 #[test]
 fn ingress_passes_and_redirects() {
     fixture::run(Hook::Ingress, include_str!("tests/ingress.toml"));
+}
+
+#[test]
+fn errors_go_where_the_connection_is() {
+    fixture::run(Hook::Ingress, include_str!("tests/quote.toml"));
 }
 
 #[test]

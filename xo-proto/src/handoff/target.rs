@@ -170,6 +170,7 @@ impl Target {
             (S::Left, E::Guest(G::Lost)) => then(S::Closing, &[A::SendClosed]),
             // Whoever still asks was answered once, and the answer lost.
             (S::Left, E::HostReady) => then(S::Left, &[A::SendHanded]),
+            (S::Left, E::Query) => then(S::Left, &[A::SendStarted]),
             (state, _) => state,
         };
     }

@@ -38,6 +38,18 @@ impl Balance {
     }
 }
 
+/// Does a connection that has been placed stay while the rule allows its place?
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sticky {
+    /// No: each request is chosen for anew.
+    Never,
+    /// Yes.
+    #[default]
+    Always,
+    /// Until its machine has more connections for its weight than the least loaded one, by more than so many per cent.
+    Balanced(u32),
+}
+
 /// A machine that a rule names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
@@ -132,8 +144,8 @@ pub struct Choice<'p> {
     pub handler: &'p str,
     /// Never `Hash` without a `key`.
     pub balance: Balance,
-    /// A connection that has been placed stays while the rule allows its place.
-    pub sticky: bool,
+    /// Says nothing with `Hash`.
+    pub sticky: Sticky,
     /// Hash of the request's key.
     pub key: Option<u64>,
 }
@@ -142,17 +154,24 @@ impl<'p> Choice<'p> {
     /// Chooses.
     pub fn pick(&self, here: &Here<'_>, view: &impl View) -> Pick<'p> {
         let own = self.candidates.iter().find(|c| is_own(c, here));
-        let staying = own.filter(|_| !here.recalled);
-        if self.balance != Balance::Hash
-            && self.sticky
-            && staying.is_some_and(|c| here.placed || !c.is_local())
-        {
-            return Pick::Here;
-        }
         let usable = |c: &Candidate| {
             if is_own(c, here) { !here.recalled } else { c.is_local() || view.is_open(c) }
         };
         let round = Round { all: self.candidates, usable: &usable, own, view };
+        let placed = own.filter(|c| !here.recalled && (here.placed || !c.is_local()));
+        if let Some(own) = placed.filter(|_| self.balance != Balance::Hash) {
+            match self.sticky {
+                Sticky::Never => {}
+                Sticky::Always => return Pick::Here,
+                Sticky::Balanced(percent) => {
+                    return match round.relief(own, percent, || view.turn(self.rule)) {
+                        Some(c) if c.is_local() => Pick::Home,
+                        Some(c) => Pick::To(c),
+                        None => Pick::Here,
+                    };
+                }
+            }
+        }
         let chosen = match self.balance {
             Balance::RoundRobin => round.by_turns(view.turn(self.rule)),
             Balance::LeastLoaded => round.least_loaded(view.turn(self.rule)),
@@ -217,6 +236,22 @@ impl<'p, V: View> Round<'p, '_, V> {
         let (before, from) = self.all.split_at_checked(start)?;
         let usable = from.iter().chain(before).filter(|c| (self.usable)(c));
         usable.reduce(|best, c| if self.is_less(c, best) { c } else { best })
+    }
+
+    /// Where a connection goes that leaves `own` because others have less to do, by more than so many per cent; `None`: it
+    /// stays. Without it `own` has still its share of all connections, at least: machines that relieve themselves at the
+    /// same time, each knowing only what it has sent away itself since the others' reports, do not send away too many.
+    fn relief(&self, own: &Candidate, percent: u32, turn: impl FnOnce() -> u64) -> Option<&'p Candidate> {
+        let load = |c: &Candidate| u64::from(self.view.load(c));
+        let (all, weights) =
+            self.usable().fold((0, 0), |(all, w), c| (all + load(c), w + u64::from(c.weight)));
+        let (loaded, weight) = (load(own), u64::from(own.weight));
+        if loaded.saturating_sub(1) * weights < all * weight {
+            return None;
+        }
+        let best = self.least_loaded(turn())?;
+        let with_it = (load(best) + 1) * weight * u64::from(100 + percent);
+        (best != own && loaded * u64::from(best.weight) * 100 > with_it).then_some(best)
     }
 
     /// Would `a` with one connection more have fewer for its weight than `b`?

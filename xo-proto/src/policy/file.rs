@@ -13,8 +13,8 @@ use toml::Spanned;
 use super::key::Key;
 use super::line::protocol_named;
 use super::{
-    At, Balance, Condition, Parts, Policy, PolicyError, Port, RawRule, Share, check_key, check_listen,
-    check_targets, error_at, slots,
+    At, Balance, Condition, IMBALANCE, MAX_IMBALANCE, Parts, Policy, PolicyError, Port, RawRule, Share,
+    Sticky, check_key, check_listen, check_targets, error_at, slots,
 };
 use crate::protocol::Protocol;
 
@@ -41,7 +41,8 @@ struct FileRule {
     to: Spanned<Vec<Spanned<FileShare>>>,
     balance: Option<Spanned<Named>>,
     key: Option<Spanned<String>>,
-    sticky: Option<bool>,
+    sticky: Option<Spanned<FileSticky>>,
+    imbalance: Option<Spanned<u32>>,
     handler: Option<String>,
 }
 
@@ -119,6 +120,34 @@ impl<'de> Deserialize<'de> for FileShare {
                 }
                 let Table { name, weight } = Table::deserialize(MapAccessDeserializer::new(map))?;
                 Ok(FileShare(Share { name, weight }))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `true`, `false` or `"balanced"`.
+struct FileSticky(Sticky);
+
+impl<'de> Deserialize<'de> for FileSticky {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<FileSticky, D::Error> {
+        struct Either;
+        impl Visitor<'_> for Either {
+            type Value = FileSticky;
+
+            fn expecting(&self, f: &mut Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false or \"balanced\"")
+            }
+
+            fn visit_bool<E: Error>(self, always: bool) -> Result<FileSticky, E> {
+                Ok(FileSticky(if always { Sticky::Always } else { Sticky::Never }))
+            }
+
+            fn visit_str<E: Error>(self, name: &str) -> Result<FileSticky, E> {
+                match name {
+                    "balanced" => Ok(FileSticky(Sticky::Balanced(IMBALANCE))),
+                    _ => Err(E::unknown_variant(name, &["balanced"])),
+                }
             }
         }
         deserializer.deserialize_any(Either)
@@ -216,8 +245,30 @@ fn raw_rule(text: &str, rule: FileRule) -> Result<RawRule, PolicyError> {
     check_key(key.as_ref(), &conditions).map_err(|message| error_at(text, key_at, message))?;
     let to = rule.to.into_inner().into_iter();
     let to = to.map(|share| At { offset: share.span().start, value: share.into_inner().0 }).collect();
-    let sticky = rule.sticky.unwrap_or(true);
+    let sticky = sticky(text, balance, rule.sticky, rule.imbalance)?;
     Ok(RawRule { conditions, to, handler: rule.handler, balance, key, sticky, source: None })
+}
+
+fn sticky(
+    text: &str,
+    balance: Balance,
+    sticky: Option<Spanned<FileSticky>>,
+    imbalance: Option<Spanned<u32>>,
+) -> Result<Sticky, PolicyError> {
+    let at = sticky.as_ref().map_or(0, |s| s.span().start);
+    let sticky = sticky.map_or(Sticky::default(), |s| s.into_inner().0);
+    if balance == Balance::Hash && matches!(sticky, Sticky::Balanced(_)) {
+        return Err(error_at(text, at, "with `hash` the key decides, and nothing can be `balanced`"));
+    }
+    let Some(imbalance) = imbalance else { return Ok(sticky) };
+    let (percent, at) = (*imbalance.get_ref(), imbalance.span().start);
+    match sticky {
+        Sticky::Balanced(_) if (1..=MAX_IMBALANCE).contains(&percent) => Ok(Sticky::Balanced(percent)),
+        Sticky::Balanced(_) => {
+            Err(error_at(text, at, format!("an imbalance is 1 to {MAX_IMBALANCE} per cent")))
+        }
+        _ => Err(error_at(text, at, "`imbalance` has no effect without `sticky = \"balanced\"`")),
+    }
 }
 
 fn choice(

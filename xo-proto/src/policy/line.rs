@@ -4,8 +4,8 @@ use regex_lite::Regex;
 
 use super::key::Key;
 use super::{
-    At, Balance, Condition, PolicyError, Port, RawRule, Share, check_key, check_listen, check_targets,
-    error_at, slots, suggestion,
+    At, Balance, Condition, PolicyError, Port, RawRule, Share, Sticky, check_key, check_listen,
+    check_targets, error_at, slots, suggestion,
 };
 use crate::protocol::Protocol;
 
@@ -85,7 +85,8 @@ fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
     if to.is_empty() {
         return Err(error_at(text, to_offset, "no target after `=>`"));
     }
-    Ok(RawRule { conditions, to, handler, balance, key, sticky: true, source: Some(text.to_owned()) })
+    let (sticky, source) = (Sticky::default(), Some(text.to_owned()));
+    Ok(RawRule { conditions, to, handler, balance, key, sticky, source })
 }
 
 fn share(text: &str) -> Result<Share, String> {

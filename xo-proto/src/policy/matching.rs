@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::{Balance, Choice, Condition, LOCAL, Policy, Rule, slots};
+use super::{Balance, Choice, Condition, LOCAL, Policy, Rule, Sticky, slots};
 use crate::protocol::{Protocol, Request};
 
 /// What the policy says about a request.
@@ -75,8 +75,9 @@ impl Rule {
     }
 
     fn leads_away_from(&self, node: &str) -> bool {
-        let stays =
-            self.balance != Balance::Hash && self.sticky && self.candidates.iter().any(|c| c.name == node);
+        let stays = self.balance != Balance::Hash
+            && self.sticky == Sticky::Always
+            && self.candidates.iter().any(|c| c.name == node);
         !stays && self.candidates.iter().any(|c| c.name != node && c.name != LOCAL)
     }
 

@@ -226,6 +226,9 @@ fn rules_that_lead_nowhere_else() {
     assert!(leads("/b => t1", ""), "before the node's name is known");
     assert!(leads("/b => local,t1", "host") && !leads("/b => local,t1", "t1"));
     assert!(leads("/b => t1,t2 %hash(path)", "t1"), "the key decides, though t1 is named");
+    let named = "listen = [80]\n[targets]\nt1 = \"10.3.0.2:7400\"\nt2 = \"10.4.0.2:7400\"\n[[rule]]\nto = [\"t1\", \"t2\"]\n";
+    let leads = |more| Policy::parse(&format!("{named}{more}")).expect("valid").leads_away_from("t2");
+    assert!(!leads("") && leads("sticky = \"balanced\"\n"), "others may have less to do");
 }
 
 #[test]
@@ -262,6 +265,11 @@ fn errors_say_where() {
         ("round_robin", "robin", 15, 11, "unknown variant `robin`"),
         ("round_robin", "hash", 15, 11, "`hash` needs a `key`"),
         ("handler", "key = \"path\"\nhandler", 16, 7, "no effect without"),
+        ("handler", "sticky = \"balance\"\nhandler", 16, 10, "unknown variant `balance`"),
+        ("handler", "sticky = 1\nhandler", 16, 10, "true, false or"),
+        ("handler", "imbalance = 50\nhandler", 16, 13, "no effect without `sticky"),
+        ("handler", "sticky = \"balanced\"\nimbalance = 0\nhandler", 17, 13, "1 to 1000"),
+        ("\"round_robin\"", "\"hash\"\nkey = \"path\"\nsticky = \"balanced\"", 17, 10, "the key decides"),
         ("\"round_robin\"", "\"hash\"\nkey = \"path_segment:0\"", 16, 7, "counted from 1"),
         ("\"round_robin\"", "\"hash\"\nkey = \"query\"", 16, 7, "needs a name (query:NAME)"),
         ("\"round_robin\"", "\"hash\"\nkey = \"uri\"", 16, 7, "`uri` is no key"),

@@ -91,7 +91,7 @@ impl KeylogLine {
 /// Decodes into `out`; how many bytes.
 fn unhex(text: &[u8], out: &mut [u8]) -> Option<usize> {
     let digit = |c: u8| char::from(c).to_digit(16).map(|d| d as u8);
-    if text.len() % 2 != 0 {
+    if !text.len().is_multiple_of(2) {
         return None;
     }
     let bytes = out.get_mut(..text.len() / 2)?;

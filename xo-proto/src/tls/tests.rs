@@ -232,7 +232,7 @@ fn what_is_sealed_can_be_opened_once_and_in_order() {
             got.extend((opened.0 == Content::Data).then_some(opened.1).into_iter().flatten());
             rest = after;
         }
-        assert_eq!(rest, []);
+        assert!(rest.is_empty());
         assert_eq!(got, data);
         assert_eq!(kinds, [Content::Data, Content::Data, Content::Data, Content::Data, Content::Alert]);
         assert_eq!(opener.state(), sealer.state());

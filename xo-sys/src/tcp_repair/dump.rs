@@ -43,14 +43,36 @@ pub fn ends(fd: RawFd) -> Result<Ends, RepairError> {
 /// States that cannot move, each with its reason; `DumpFailed` for what the kernel refuses, without
 /// CAP_NET_ADMIN for one.
 pub fn dump(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, RepairError> {
+    let mut ulp = [0_u8; 16];
+    if raw::getsockopt(fd, libc::IPPROTO_TCP, TCP_ULP, &mut ulp).is_ok_and(|n| n > 0) {
+        return Err(RepairError::state("TCP_ULP", Reason::NotMovable));
+    }
+    dump_whatever(fd, ends, limit)
+}
+
+/// As [`dump`], for a socket with TLS in the kernel ([`crate::ktls`]). Its queues must be empty, as the kernel gives out
+/// decrypted bytes in the place of those that are in them. Such a socket cannot be emptied in place (`tls_disconnect`):
+/// instead of [`super::vacate`], close all its descriptors while it is in repair mode.
+///
+/// # Errors
+/// As [`dump`]; `QueuesTooLong` when a record, or a part of one, has not been read, or when something sent has not been
+/// acknowledged.
+pub fn dump_drained(fd: RawFd, ends: &Ends) -> Result<ConnRecord, RepairError> {
+    // What has been decrypted already is in none of the queues that `state` looks at; EIO: a record that is no data.
+    match raw::peek(fd, &mut [0], libc::MSG_DONTWAIT) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => dump_whatever(fd, ends, 0),
+        Err(e) if e.raw_os_error() != Some(libc::EIO) => Err(e).step("TLS record", Reason::DumpFailed),
+        Ok(0) => Err(RepairError::state("TCP state", Reason::NotEstablished)),
+        _ => Err(RepairError::state("TLS record", Reason::QueuesTooLong)),
+    }
+}
+
+/// Dumps without asking what is on top of TCP.
+fn dump_whatever(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, RepairError> {
     let mut info = TcpInfo::default();
     raw::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).step("TCP_INFO", Reason::NotMovable)?;
     if info.state != ESTABLISHED {
         return Err(RepairError::state("TCP state", Reason::NotEstablished));
-    }
-    let mut ulp = [0_u8; 16];
-    if raw::getsockopt(fd, libc::IPPROTO_TCP, TCP_ULP, &mut ulp).is_ok_and(|n| n > 0) {
-        return Err(RepairError::state("TCP_ULP", Reason::NotMovable));
     }
     set(fd, libc::TCP_REPAIR, ON).map_err(|source| {
         // An MPTCP socket does not know the option.

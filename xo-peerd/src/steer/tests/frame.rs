@@ -23,7 +23,8 @@ const ICMP6: u8 = 58;
 /// - `v6 FROM > TO`, with `hops=`, `label=`, `version=`, `length=`; `hop` and `fragment OFFSET` are extension headers
 /// - `tcp FROM > TO FLAGS`, with `seq=`, `ack=`, `window=`, `options=HEX`, `sum=partial` (of the pseudo-header only, as
 ///   a sender leaves it to its NIC) or `sum=bad`
-/// - `udp FROM > TO`, `icmp`, `icmp6`
+/// - `udp FROM > TO`; `icmp` and `icmp6`, an echo request, or of type and code `TYPE CODE` with `mtu=`
+/// - `cut LENGTH`: of what is inside, lengths and checksums of which are made, only so many bytes are there
 /// - `"text"`, `fill LENGTH`, `hex BYTES`, and `pad LENGTH`, which no length field counts
 pub(super) fn frame(text: &str) -> Vec<u8> {
     let mut built = Built::default();
@@ -52,6 +53,16 @@ pub(super) fn valid(packet: &[u8]) -> bool {
         sum(&packet[..tcp]) == 0xffff && pseudo_sum(&packet[12..20], TCP, &packet[tcp..]) == 0xffff
     } else {
         pseudo_sum(&packet[8..40], TCP, &packet[40..]) == 0xffff
+    }
+}
+
+/// A receiver's check of an ICMP error, from its network header on: its own checksums, those of its IP header, and of the
+/// quoted one.
+pub(super) fn valid_error(packet: &[u8]) -> bool {
+    if packet[0] >> 4 == 4 {
+        sum(&packet[..20]) == 0xffff && sum(&packet[20..]) == 0xffff && sum(&packet[28..48]) == 0xffff
+    } else {
+        pseudo_sum(&packet[8..40], ICMP6, &packet[40..]) == 0xffff
     }
 }
 
@@ -143,12 +154,16 @@ impl Built {
                 self.transport(UDP, &header, 6, "");
             }
             "icmp" => {
-                let mut message = vec![8, 0, 0, 0, 0, 1, 0, 1];
-                message.extend_from_slice(&self.bytes);
-                let checksum = (!sum(&message)).to_be_bytes();
-                self.put(&[8, 0, checksum[0], checksum[1], 0, 1, 0, 1], ICMP.into());
+                let mut header = layer.icmp(8);
+                let message = [&header[..], &self.bytes].concat();
+                header[2..4].copy_from_slice(&(!sum(&message)).to_be_bytes());
+                self.put(&header, ICMP.into());
             }
-            "icmp6" => self.transport(ICMP6, &[128, 0, 0, 0, 0, 1, 0, 1], 2, ""),
+            "icmp6" => {
+                let header = layer.icmp(128);
+                self.transport(ICMP6, &header, 2, "");
+            }
+            "cut" => self.bytes.truncate(layer.number()),
             "fill" => {
                 let data: Vec<u8> =
                     (0..layer.number::<u32>()).map(|i| (i.wrapping_mul(31) >> 2) as u8).collect();
@@ -287,6 +302,16 @@ impl<'t> Layer<'t> {
         let from = self.number();
         assert_eq!(self.word(), ">", "{}", self.kind);
         (from, self.number())
+    }
+
+    /// The header of an ICMP message, its checksum 0.
+    fn icmp(&mut self, echo: u8) -> [u8; 8] {
+        if self.words.is_empty() {
+            return [echo, 0, 0, 0, 0, 1, 0, 1];
+        }
+        let (kind, code) = (self.number(), self.number());
+        let mtu = self.value("mtu").unwrap_or(0_u32).to_be_bytes();
+        [kind, code, 0, 0, mtu[0], mtu[1], mtu[2], mtu[3]]
     }
 
     fn option(&mut self, name: &str) -> Option<&'t str> {

@@ -10,6 +10,7 @@ use super::super::*;
 use super::bench::owner;
 use super::frame::{frame, left_to_nic, valid};
 use super::tap::{NEEDS_CSUM, Tap, alone, offloaded};
+use super::veth::{PacketSocket, ip};
 
 /// The interface, and the neighbour behind it.
 const TAP: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -101,8 +102,8 @@ fn a_redirected_packet_leaves_for_the_next_hop_with_its_offloads() {
         tap.steer.hold(&v6(), 6, 0).expect("an entry");
         tap.steer.redirect(&v6(), 6, (0, 1), address("[fd00:3::2]:8080")).expect("the flip");
         let ips = [
-            ("v4 192.0.2.7 > 10.2.0.2 ttl=9", "v4 192.0.2.7 > 10.3.0.2 ttl=9"),
-            ("v6 2001:db8::7 > fd00:2::2 hops=9", "v6 2001:db8::7 > fd00:3::2 hops=9"),
+            ("v4 192.0.2.7 > 10.2.0.2 ttl=9", "v4 192.0.2.7 > 10.3.0.2 ttl=8"),
+            ("v6 2001:db8::7 > fd00:2::2 hops=9", "v6 2001:db8::7 > fd00:3::2 hops=8"),
         ];
         for (before, after) in ips {
             // Whole checksum; checksum left to the NIC; aggregate.
@@ -166,7 +167,7 @@ fn one_tag_is_steered_and_two_are_not() {
         let mut tap = Tap::up();
         let tags =
             |tags: &str, to: &str| frame(&format!("eth | {tags} | v4 192.0.2.7 > {to} PA | \"hello\""));
-        let (host, target) = ("10.2.0.2 | tcp 40000 > 80", "10.3.0.2 | tcp 40000 > 8080");
+        let (host, target) = ("10.2.0.2 | tcp 40000 > 80", "10.3.0.2 ttl=63 | tcp 40000 > 8080");
         let two = ["vlan 5 | vlan 6", "qinq 5 | vlan 6", "vlan 5 | qinq 6", "qinq 5 | vlan 6 | vlan 7"];
         tap.steer.hold(&v4(), 7, 0).expect("an entry");
         for one in ["vlan 5", "qinq 5"] {
@@ -194,6 +195,74 @@ fn one_tag_is_steered_and_two_are_not() {
         }
         assert_eq!(tap.paths(), [("held", 2), ("redirected", 2), ("egress_miss", 2)], "two tags pass");
         assert_eq!(tap.receive(QUIET), None);
+    });
+}
+
+/// The packet comes in by `tap0` and leaves by `vb`, where its target is: as long as its way is known. By itself the kernel
+/// looks for a neighbour where the packet has come from.
+#[test]
+fn a_target_behind_another_interface_is_reached() {
+    alone(|| {
+        let mut tap = Tap::up();
+        for command in [
+            "link add va type veth peer name vb",
+            "link set va up",
+            "link set vb up",
+            "addr add 10.9.0.2/24 dev vb",
+            "addr add fd00:9::2/64 dev vb nodad",
+            "neigh add 10.9.0.9 lladdr 02:00:00:00:00:09 dev vb",
+            "neigh add fd00:9::9 lladdr 02:00:00:00:00:09 dev vb",
+            "neigh add 10.9.0.1 lladdr 02:00:00:00:00:09 dev vb",
+            "neigh add fd00:9::1 lladdr 02:00:00:00:00:09 dev vb",
+        ] {
+            ip(command);
+        }
+        // Far ones, too, and those to which there is no way yet.
+        ip("route add 10.8.0.0/24 via 10.9.0.1");
+        ip("-6 route add fd00:8::/64 via fd00:9::1");
+        let flows = [
+            (v4(), "10.9.0.9:8080"),
+            (v6(), "[fd00:9::9]:8080"),
+            (v4(), "10.8.0.9:8080"),
+            (v6(), "[fd00:8::9]:8080"),
+        ];
+        let filter = PacketSocket::on("va");
+        for (id, (key, target)) in (0..).zip(flows) {
+            tap.steer.hold(&key, id, 0).expect("an entry");
+            tap.steer.redirect(&key, id, (0, 1), address(target)).expect("the flip");
+            let layers = if key == v4() { "v4 192.0.2.7 > 10.2.0.2" } else { "v6 2001:db8::7 > fd00:2::2" };
+            let sent = frame(&format!("eth | {layers} | tcp 40000 > 80 PA seq={id} | \"hello\""));
+            for known in [true, false, true] {
+                if known {
+                    tap.steer.refresh_ways();
+                } else {
+                    tap.steer.ways.forget();
+                }
+                tap.send(&sent);
+                let got = filter.tcp(if known { PATIENCE } else { QUIET });
+                assert_eq!(got.is_some(), known, "{target}");
+                if let Some(got) = got {
+                    assert_eq!(got[..6], [2, 0, 0, 0, 0, 9], "{target}: the neighbour");
+                    assert!(valid(&got[14..]), "{target}");
+                }
+            }
+            assert!(tap.steer.remove_flow(&key, id).expect("the map"));
+        }
+        // The route goes: the way is not believed in any more, and back it comes.
+        let target = address("10.8.0.9:8080");
+        tap.steer.hold(&v4(), 9, 0).expect("an entry");
+        tap.steer.redirect(&v4(), 9, (0, 1), target).expect("the flip");
+        let sent = frame("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 PA");
+        ip("route del 10.8.0.0/24");
+        tap.steer.routes_changed();
+        tap.send(&sent);
+        let (_, got) = tap.receive(PATIENCE).expect("by the default route");
+        assert_eq!(got[..6], NEXT_HOP);
+        assert_eq!(filter.tcp(QUIET), None);
+        ip("route add 10.8.0.0/24 via 10.9.0.1");
+        tap.steer.routes_changed();
+        tap.send(&sent);
+        assert!(filter.tcp(PATIENCE).is_some(), "by the route that is back");
     });
 }
 
@@ -244,8 +313,8 @@ fn a_held_packet_is_kept_from_the_stack_until_the_programs_go() {
     alone(|| {
         let mut tap = Tap::up();
         assert!(["tcx", "clsact"].contains(&tap.steer.mode()));
-        // Nobody listens: the stack's answer is RST.
-        let syn = frame("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 S");
+        // Nobody listens: the stack's answer is RST, whatever the time to live, for it is the packet's end.
+        let syn = frame("eth | v4 192.0.2.7 > 10.2.0.2 ttl=1 | tcp 40000 > 80 S");
         tap.send(&syn);
         assert_eq!(tap.receive(PATIENCE).expect("an answer").1[47], RST_ACK, "no entry: passed");
         tap.steer.hold(&v4(), 7, 0).expect("an entry");

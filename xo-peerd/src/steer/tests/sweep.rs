@@ -2,7 +2,7 @@
 
 use super::super::*;
 use super::bench::{Bench, Hook, Verdict, owner};
-use super::frame::{frame, valid};
+use super::frame::{frame, valid, valid_error};
 
 /// A frame's layers below and above the addresses, and the length of its headers.
 const SHAPES: [(&str, &str, &str, usize); 7] = [
@@ -141,14 +141,18 @@ fn checksums_are_right_for_all_addresses() {
         let version = if v6 { "v6" } else { "v4" };
         let tcp = format!("A seq={} ack={}", numbers.next() as u32, numbers.next() as u32);
         let ingress = round % 4 < 2;
-        let layers = |end: IpAddr, end_port: u16| {
+        // Whole words of the header change by it. What goes out keeps it.
+        let hops = 2 + numbers.next() % 254;
+        let layers = |end: IpAddr, end_port: u16, hops: u64| {
+            let hops = format!("{}={hops}", if v6 { "hops" } else { "ttl" });
             if ingress {
-                format!("eth | {version} {client} > {end} | tcp {client_port} > {end_port} {tcp}")
+                format!("eth | {version} {client} > {end} {hops} | tcp {client_port} > {end_port} {tcp}")
             } else {
-                format!("eth | {version} {end} > {client} | tcp {end_port} > {client_port} {tcp}")
+                format!("eth | {version} {end} > {client} {hops} | tcp {end_port} > {client_port} {tcp}")
             }
         };
-        let (mut before, mut after) = (layers(local, local_port), layers(other, port));
+        let (mut before, mut after) =
+            (layers(local, local_port, hops), layers(other, port, hops - u64::from(ingress)));
         match round % 12 {
             // The same window, or the frames would differ in it.
             0..4 => {
@@ -185,6 +189,54 @@ fn checksums_are_right_for_all_addresses() {
         assert!(removed.expect("the map"), "{before}");
     }
     assert_eq!(bench.paths(), [("redirected", 1500), ("rewritten", 1500)]);
+}
+
+/// The same for what ICMP errors quote, however much of it is there.
+#[test]
+fn checksums_of_errors_are_right_for_all_addresses() {
+    let mut bench = Bench::new();
+    let mut numbers = Numbers(0x2545_f491_4f6c_dd1d);
+    for round in 0..2000 {
+        let v6 = round % 2 == 1;
+        let (client, local, other, router) = (numbers.ip(v6), numbers.ip(v6), numbers.ip(v6), numbers.ip(v6));
+        let (client_port, local_port, port) = (numbers.word(), numbers.word(), numbers.word());
+        let (version, icmp, ip_header) = if v6 { ("v6", "icmp6 2 0", 40) } else { ("v4", "icmp 3 4", 20) };
+        let cut = ip_header + 8 + numbers.next() % 60;
+        let tcp = format!("A seq={} ack={}", numbers.next() as u32, numbers.next() as u32);
+        let layers = |from: IpAddr, end: IpAddr, end_port: u16, hops: u32| {
+            let hops = format!("{}={hops}", if v6 { "hops" } else { "ttl" });
+            format!(
+                "eth | {version} {from} > {end} {hops} | {icmp} mtu=1400 | cut {cut} \
+                 | {version} {end} > {client} | tcp {end_port} > {client_port} {tcp} | fill 40"
+            )
+        };
+        let key = flow_key(SocketAddr::new(client, client_port), SocketAddr::new(local, local_port));
+        bench.steer.hold(&key, round, 0).expect("an entry");
+        bench.steer.redirect(&key, round, (0, 1), SocketAddr::new(other, port)).expect("an entry");
+        let before = layers(router, local, local_port, 9);
+        let (verdict, rewritten) = bench.run(Hook::Ingress, &frame(&before));
+        assert_eq!(verdict, Verdict::Redirect, "{before}");
+        assert!(valid_error(&rewritten[14..]), "{before} -> {rewritten:02x?}");
+        let whole = cut >= ip_header + 18;
+        let zeroed = |frame: &[u8]| without_checksums_of_error(frame, v6, whole);
+        // Half a TCP checksum stays what it was.
+        if whole || cut < ip_header + 17 {
+            assert_eq!(zeroed(&rewritten), zeroed(&frame(&layers(local, other, port, 8))), "{before}");
+        }
+        assert!(bench.steer.remove_flow(&key, round).expect("the map"), "{before}");
+    }
+    assert_eq!(bench.paths(), [("quote_steered", 2000)]);
+}
+
+/// See [`without_checksums`].
+fn without_checksums_of_error(frame: &[u8], v6: bool, whole: bool) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    let sums: &[usize] = if v6 { &[56, 118] } else { &[24, 36, 52, 78] };
+    let (tcp, others) = sums.split_last().expect("sums");
+    for at in others.iter().chain(whole.then_some(tcp)) {
+        frame[*at..at + 2].fill(0);
+    }
+    frame
 }
 
 /// A full ring drops the packet and counts it; what was held before is not harmed, and once it is drained

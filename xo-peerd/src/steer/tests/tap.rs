@@ -142,7 +142,8 @@ pub(super) fn offloaded(frame: &[u8], gso_size: u16) -> [u8; VNET] {
     header
 }
 
-fn is_tcp(frame: &[u8]) -> bool {
+/// Is it a TCP frame, under one tag at the most?
+pub(super) fn is_tcp(frame: &[u8]) -> bool {
     let ip = if matches!(frame[12..14], [0x81, 0] | [0x88, 0xa8]) { 18 } else { 14 };
     match frame[ip - 2..ip] {
         [0x08, 0] => frame[ip + 9] == 6,

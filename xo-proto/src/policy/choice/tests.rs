@@ -150,6 +150,53 @@ fn the_least_loaded() {
 }
 
 #[test]
+fn a_connection_leaves_a_machine_that_has_too_much_to_do() {
+    let p = policy("\"t1\", {name=\"t2\", weight=2}, \"t3\"", "sticky = \"balanced\"");
+    let at_t1 = |loads: &[(&str, u32)]| get(&p, "/", &guest_at("t1"), &Known::loads(loads));
+    assert_eq!(at_t1(&[("t1", 20), ("t2", 40), ("t3", 20)]), "here");
+    assert_eq!(at_t1(&[("t1", 25), ("t2", 40), ("t3", 19)]), "here", "25 are not more than 5/4 of 20");
+    assert_eq!(at_t1(&[("t1", 26), ("t2", 40), ("t3", 19)]), "t3");
+    assert_eq!(at_t1(&[("t1", 26), ("t2", 36), ("t3", 19)]), "t2", "for its weight it has less");
+    assert_eq!(at_t1(&[("t1", 20), ("t2", 80), ("t3", 0)]), "here", "others have more to give away");
+    assert_eq!(at_t1(&[("t1", 1)]), "here", "to move would change nothing");
+    assert_eq!(at_t1(&[("t1", 2)]), "t2");
+    let known = Known { closed: ["t3".into()].into(), ..Known::loads(&[("t1", 26), ("t2", 50), ("t3", 0)]) };
+    assert_eq!(get(&p, "/", &guest_at("t1"), &known), "here", "who is out does not count");
+    let loads = Known::loads(&[("t1", 26), ("t2", 40), ("t3", 19)]);
+    assert_eq!(get(&p, "/", &Here { node: "t1", ..HOST }, &loads), "t3", "its own clients', too");
+    let patient = policy("\"t1\", \"t3\"", "sticky = \"balanced\"\nimbalance = 100");
+    assert_eq!(get(&patient, "/", &guest_at("t1"), &Known::loads(&[("t1", 40), ("t3", 19)])), "here");
+    assert_eq!(get(&patient, "/", &guest_at("t1"), &Known::loads(&[("t1", 41), ("t3", 19)])), "t3");
+    let home = policy("\"local\", \"t1\"", "sticky = \"balanced\"");
+    let known = Known::loads(&[("t1", 10)]);
+    assert_eq!(get(&home, "/", &guest_at("t1"), &known), "home");
+    let known = Known::loads(&[("local", 10)]);
+    assert_eq!(get(&home, "/", &Here { placed: true, ..HOST }, &known), "t1");
+}
+
+/// Reports are old: each machine knows of the others what they last said, and of itself what it has given away. All ask about
+/// all their connections before the next report.
+fn relieved(p: &Policy, loads: &mut HashMap<String, u32>) -> u32 {
+    let reported = loads.clone();
+    let mut moved = 0;
+    for (node, count) in &reported {
+        let mut known = Known { loads: reported.clone(), ..Known::default() };
+        for i in 0..*count * 3 {
+            let to = get(p, &format!("/{i}"), &guest_at(node), &known);
+            if to == "here" {
+                continue;
+            }
+            *known.loads.entry(node.clone()).or_default() -= 1;
+            *known.loads.entry(to.clone()).or_default() += 1;
+            *loads.entry(node.clone()).or_default() -= 1;
+            *loads.entry(to).or_default() += 1;
+            moved += 1;
+        }
+    }
+    moved
+}
+
+#[test]
 fn two_choices_are_nearly_as_even() {
     let p = policy("\"t1\", \"t2\", \"t3\", {name=\"t4\", weight=2}", "balance = \"random_two\"");
     let mut known = Known::default();
@@ -277,10 +324,35 @@ proptest! {
     }
 
     #[test]
+    fn machines_that_relieve_themselves_come_to_rest(
+        counts in prop::collection::vec(0..300_u32, 2..=6),
+        weights in prop::collection::vec(1..=3_u32, 6),
+        imbalance in 1..=100_u32,
+    ) {
+        let names: Vec<_> = (1..=counts.len()).map(|i| format!("t{i}")).collect();
+        let shares: Vec<_> =
+            names.iter().zip(&weights).map(|(n, w)| format!("{{name=\"{n}\", weight={w}}}")).collect();
+        let p = policy(&shares.join(", "), &format!("sticky = \"balanced\"\nimbalance = {imbalance}"));
+        let mut loads: HashMap<_, _> = names.iter().cloned().zip(counts.iter().copied()).collect();
+        let all = counts.iter().sum::<u32>();
+        let mut moved = 0;
+        let rounds = (1..=counts.len() + 1).find(|_| { let m = relieved(&p, &mut loads); moved += m; m == 0 });
+        prop_assert!(rounds.is_some(), "{counts:?} by {weights:?}: {loads:?} after {moved} moves");
+        prop_assert_eq!(loads.values().sum::<u32>(), all);
+        let per_weight = |n: &String, w: &u32, more: u32| f64::from(loads[n] + more) / f64::from(*w);
+        let least = names.iter().zip(&weights).map(|(n, w)| per_weight(n, w, 1)).fold(f64::MAX, f64::min);
+        let mean = f64::from(all) / f64::from(weights[..names.len()].iter().sum::<u32>());
+        for (n, w) in names.iter().zip(&weights) {
+            let most = (least * (1.0 + f64::from(imbalance) / 100.0)).max(mean + 1.0 / f64::from(*w));
+            prop_assert!(per_weight(n, w, 0) <= most + 1e-9, "{n} of {loads:?}, {weights:?}");
+        }
+    }
+
+    #[test]
     fn nobody_who_is_out_is_chosen(
         closed in prop::collection::hash_set(1..=4_u32, 0..=4),
         balance in 0..4_usize,
-        sticky: bool,
+        sticky in 0..3_usize,
         node in 0..=5_u32,
         placed: bool,
         recalled: bool,
@@ -288,6 +360,7 @@ proptest! {
         let names: Vec<_> = closed.iter().map(|i| format!("t{i}")).collect();
         let known = Known::closed(&names.iter().map(String::as_str).collect::<Vec<_>>());
         let key = if balance == 3 { "key = \"path\"" } else { "" };
+        let sticky = ["true", "false", if balance == 3 { "true" } else { "\"balanced\"" }][sticky];
         let rule = format!("balance = \"{}\"\nsticky = {sticky}\n{key}", Balance::NAMES[balance].0);
         let p = policy(&all_of(4), &rule);
         let node = format!("t{node}");
