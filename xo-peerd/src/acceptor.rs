@@ -194,7 +194,8 @@ impl Engine {
         let dual = |a: &Acceptor| a.address.is_ipv6() && !a.v6only && client.is_ipv4();
         let turn = self.next_acceptor;
         let next = |fits: &dyn Fn(&Acceptor) -> bool| {
-            let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a) && can(a));
+            let mut all =
+                self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a) && can(a));
             let first = all.clone().next();
             all.find(|(i, _)| *i >= turn).or(first).map(|(i, a)| (i, a.address))
         };

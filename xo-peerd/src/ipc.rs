@@ -131,7 +131,9 @@ impl Engine {
                 self.on_recover(index, slot, generation, fd);
                 Ok(())
             }
-            (ToDaemon::Register { epoll: true, tls }, [Some(listener), Some(ours), Some(theirs)]) if greeted => {
+            (ToDaemon::Register { epoll: true, tls }, [Some(listener), Some(ours), Some(theirs)])
+                if greeted =>
+            {
                 self.register(index, &listener, Some(Channel::new(ours, theirs)), tls)
             }
             (ToDaemon::Register { epoll: false, tls }, [Some(listener), None, None]) if greeted => {

@@ -100,12 +100,13 @@ impl Engine {
         let no_tls = |text: String| (Reason::TlsUnsupported, text);
         let (bind, listener, acceptor) = match &mode {
             HandlerMode::Attach { port } => {
-                let (number, listener) = self.pick_acceptor(*port, client, [tls, tls && here]).ok_or_else(|| {
-                    if tls {
-                        return no_tls(format!("no process with a record layer listens on port {port}"));
-                    }
-                    (Reason::NoHandler, format!("no process under the library listens on port {port}"))
-                })?;
+                let (number, listener) =
+                    self.pick_acceptor(*port, client, [tls, tls && here]).ok_or_else(|| {
+                        if tls {
+                            return no_tls(format!("no process with a record layer listens on port {port}"));
+                        }
+                        (Reason::NoHandler, format!("no process under the library listens on port {port}"))
+                    })?;
                 let ip = specific(listener.ip(), client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
             }

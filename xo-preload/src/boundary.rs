@@ -215,6 +215,9 @@ fn judge(
 ) -> Seen {
     match half.tracker {
         Requests::Http(tracker) => {
+            if conn.layer().is_some_and(|l| l.has_ssl()) && answers_first(fd, conn, half, nonblocking) {
+                return Seen::HeldBack;
+            }
             let queue = Queue { length: bytes.len(), whole: all };
             judge_http(fd, conn, index, half, tracker, bytes, queue)
         }
@@ -231,6 +234,30 @@ pub(crate) struct Queue {
     pub(crate) length: usize,
     /// There is no more of what is judged.
     pub(crate) whole: bool,
+}
+
+/// Who reads by OpenSSL's functions reads until nothing is there, before he answers what he has: the next request waits for the
+/// answer, or it could not move.
+fn answers_first(fd: i32, conn: &Conn, half: &mut ReadHalf, nonblocking: bool) -> bool {
+    let in_progress = || conn.write().is_some_and(|w| w.responses.progress() == Progress::InProgress);
+    if !in_progress() {
+        if half.late || half.partial == 0 {
+            half.late = false;
+            release(fd, conn, half);
+        }
+        return false;
+    }
+    let now = raw::monotonic().as_nanos() as u64;
+    let deadline = conn.deadline.load(Ordering::Relaxed);
+    // One that blocks would wait for its own writing.
+    half.late |= !nonblocking || (deadline != 0 && now >= deadline);
+    if half.late || raw::tcp_state(fd).is_ok_and(|s| s != ESTABLISHED) {
+        return false;
+    }
+    conn.awaits_clean.store(true, Ordering::SeqCst);
+    poll::hold_back(fd, conn, 0, now + init::head_timeout_ns());
+    // Another thread may have written the last of it meanwhile.
+    in_progress()
 }
 
 /// The beginning of a request: more is needed.

@@ -481,9 +481,7 @@ fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, fdpass::Received)> {
             lost();
             None
         }
-        Ok((n, passed)) => {
-            Some((decoded(&mut buffer, n)?, passed))
-        }
+        Ok((n, passed)) => Some((decoded(&mut buffer, n)?, passed)),
         Err(_) => None,
     }
 }

@@ -50,7 +50,9 @@ extern "C" fn constructor() {
         daemon::process();
         alone::start();
         // SAFETY: functions of ours, which are never unloaded.
-        unsafe { libc::pthread_atfork(Some(layer::about_to_fork), Some(alone::forked), Some(daemon::forked)) };
+        unsafe {
+            libc::pthread_atfork(Some(layer::about_to_fork), Some(alone::forked), Some(daemon::forked))
+        };
     }
     ACTIVE.store(ready, Ordering::Release);
 }

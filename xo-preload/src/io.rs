@@ -259,7 +259,13 @@ pub(crate) unsafe fn peek_at(
 }
 
 /// How many bytes may be read without crossing the request's end.
-fn allowance(fd: c_int, conn: &Conn, half: &ReadHalf, want: usize, nonblocking: bool) -> Result<usize, isize> {
+fn allowance(
+    fd: c_int,
+    conn: &Conn,
+    half: &ReadHalf,
+    want: usize,
+    nonblocking: bool,
+) -> Result<usize, isize> {
     match half.tracker.allowed() {
         Limit::Bytes(n) => Ok(want.min(usize::try_from(n).unwrap_or(usize::MAX))),
         // At a boundary only for a peek, or when the client has closed.
@@ -450,9 +456,8 @@ pub(crate) fn send_file(
     call: impl FnOnce() -> isize,
 ) -> isize {
     let Some(layer) = conn.layer() else { return write_unseen(fd, index, conn, call) };
-    let result = through(fd, index, conn, 0, |asked| {
-        layer.send_file(fd, from, offset.as_deref_mut(), count, asked)
-    });
+    let result =
+        through(fd, index, conn, 0, |asked| layer.send_file(fd, from, offset.as_deref_mut(), count, asked));
     match result {
         Ok(n) => {
             if n > 0 && conn.kind() == Kind::Tracked {

@@ -21,8 +21,8 @@ mod suite;
 #[cfg(test)]
 mod tests;
 
-pub use incoming::{Control, Incoming, alert};
 use incoming::shorten;
+pub use incoming::{Control, Incoming, alert};
 pub use keylog::{KeylogLine, Label, Secret};
 pub use outgoing::Outgoing;
 pub use record::{

@@ -92,7 +92,8 @@ impl Https {
     #[must_use]
     pub fn plain_nginx(&self, node: &str) -> Program {
         let config = fs::read_to_string(self.bed.nginx_config(node, 2)).expect("a configuration");
-        let config = config.replace("listen 80; listen [::]:80;", "listen 80; listen 8080; listen [::]:8080;");
+        let config =
+            config.replace("listen 80; listen [::]:80;", "listen 80; listen 8080; listen [::]:8080;");
         let path = self.bed.file(&format!("{node}-plain.conf"), &config);
         let program = self.bed.nginx_configured(node, self.with_policy(node, "nginx"), &path);
         self.bed.wait_acceptors(node, "plain", 4);

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use libc::c_int;
 use xo_proto::tls::{Control, alert};
-use xo_sys::fdpass;
+use xo_sys::{fdpass, raw};
 
 use super::Layer;
 use super::common::Direction;
@@ -52,6 +52,8 @@ impl Layer {
     /// The client has sent what is no TLS of this connection: it is told, and that is the end.
     pub(super) fn give_up(&self, fd: c_int, description: u8) -> i32 {
         self.last_words(fd, true, description);
+        // What is left in it would reset it when it is closed, and the client might not see the alert.
+        while raw::discard(fd, raw::readable_bytes(fd).max(1)).is_ok_and(|n| n > 0) {}
         log::warn!("a connection's record cannot be read (alert {description}): it ends");
         fdpass::shut(fd);
         self.fail(libc::ECONNRESET)

@@ -41,7 +41,8 @@ impl Layer {
         while done < want {
             let mut incoming = self.receive.lock();
             // What is there beyond the first portion must be looked for: a short read means that nothing is.
-            let filled = self.fill(fd, &mut incoming, if peeking { want } else { (want - done).min(PORTION) });
+            let filled =
+                self.fill(fd, &mut incoming, if peeking { want } else { (want - done).min(PORTION) });
             match filled {
                 Ok(Filled::Data) => {
                     let data = incoming.data();
@@ -77,7 +78,13 @@ impl Layer {
     ///
     /// # Safety
     /// `size` bytes at `at` may be overwritten.
-    pub(crate) unsafe fn peek(&self, fd: c_int, at: *mut u8, size: usize, nonblocking: bool) -> Result<usize, i32> {
+    pub(crate) unsafe fn peek(
+        &self,
+        fd: c_int,
+        at: *mut u8,
+        size: usize,
+        nonblocking: bool,
+    ) -> Result<usize, i32> {
         let mut end = None;
         loop {
             let mut incoming = self.receive.lock();
@@ -158,9 +165,7 @@ impl Layer {
         match incoming.end() {
             None => Ok(Filled::Nothing),
             Some(Some(alert)) => Err(self.give_up(fd, alert)),
-            Some(None) if incoming.control() == Some(Control::Alert) => {
-                Err(self.fail(libc::ECONNRESET))
-            }
+            Some(None) if incoming.control() == Some(Control::Alert) => Err(self.fail(libc::ECONNRESET)),
             Some(None) => Ok(Filled::End),
         }
     }
@@ -238,7 +243,8 @@ impl Layer {
 fn wait(fd: c_int, need: usize, end: &mut Option<Option<Duration>>) -> Result<(), i32> {
     let end = *end.get_or_insert_with(|| raw::receive_timeout(fd).map(|t| raw::monotonic() + t));
     // With the kernel's own time limit, and its own way with signals.
-    raw::peek(fd, &mut vec![0; need], libc::MSG_WAITALL).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
+    raw::peek(fd, &mut vec![0; need], libc::MSG_WAITALL)
+        .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
     if end.is_some_and(|end| raw::monotonic() >= end) { Err(libc::EAGAIN) } else { Ok(()) }
 }
 
@@ -260,7 +266,9 @@ fn scatter(mut data: &[u8], pieces: &[iovec], mut at: usize) {
         }
         let (now, later) = data.split_at(data.len().min(piece.iov_len - at));
         // SAFETY: the server's own arguments of a read: so many bytes may be written there.
-        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.iov_base.cast::<u8>().add(at), now.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(now.as_ptr(), piece.iov_base.cast::<u8>().add(at), now.len())
+        };
         (data, at) = (later, 0);
         if data.is_empty() {
             return;

@@ -258,7 +258,10 @@ impl Drop for Incoming {
 
 impl std::fmt::Debug for Incoming {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Incoming").field("front", &self.front).field("opened", &self.wire).finish_non_exhaustive()
+        f.debug_struct("Incoming")
+            .field("front", &self.front)
+            .field("opened", &self.wire)
+            .finish_non_exhaustive()
     }
 }
 
@@ -280,7 +283,12 @@ fn control(version: Version, content: Content, data: &[u8]) -> Result<Control, u
 }
 
 /// See [`super::TlsState::shorten`].
-pub(super) fn shorten(queue: &mut Vec<u8>, suite: Suite, state: &Direction, used: usize) -> Result<(), TlsError> {
+pub(super) fn shorten(
+    queue: &mut Vec<u8>,
+    suite: Suite,
+    state: &Direction,
+    used: usize,
+) -> Result<(), TlsError> {
     if used == 0 {
         return Ok(());
     }
