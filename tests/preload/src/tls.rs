@@ -82,11 +82,11 @@ for _ in range(options.get('connections', 1)):
 print(json.dumps(connections))
 "#;
 
-/// Objects and uploads below a root, on port 443: `https.py NODE ROOT KEYS`, with KEYS.pem and KEYS.key.
+/// Objects and uploads below a root, on a port: `https.py NODE ROOT KEYS PORT`, with KEYS.pem and KEYS.key if the port is 443.
 const SERVER: &str = r#"
 import http.server, os, ssl, sys
 
-node, root, keys = sys.argv[1:4]
+node, root, keys, port = sys.argv[1:5]
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
@@ -112,14 +112,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(keys + '.pem', keys + '.key')
-if 'KEYS' in os.environ:
-    context.keylog_filename = os.environ['KEYS']
-server = http.server.ThreadingHTTPServer(('', 443), Handler)
+server = http.server.ThreadingHTTPServer(('', int(port)), Handler)
 server.daemon_threads = True
-# The handshake is the connection's own thread's.
-server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+if port == '443':
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys + '.pem', keys + '.key')
+    if 'KEYS' in os.environ:
+        context.keylog_filename = os.environ['KEYS']
+    # The handshake is the connection's own thread's.
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
 server.serve_forever()
 "#;
 
@@ -228,15 +229,21 @@ impl Https {
     }
 
     /// Python's `http.server` with its `ssl` on port 443 of a node.
-    pub fn python(&self, node: &str, mut command: Command) -> Program {
+    pub fn python(&self, node: &str, command: Command) -> Program {
+        self.python_on(node, 443, command)
+    }
+
+    /// As [`Https::python`], on another port without `ssl`.
+    pub fn python_on(&self, node: &str, port: u16, mut command: Command) -> Program {
         let root = self.bed.root(node);
         if !root.exists() {
             content::write_all(&root);
         }
         let keys = self.bed.directory().join("rsa");
         command.arg(self.bed.file("https.py", SERVER)).arg(node).arg(root).arg(keys);
+        command.arg(port.to_string());
         let mut program = self.bed.start(node, &format!("{node}-python"), &mut command);
-        self.bed.wait_listening(node, 443, &mut program);
+        self.bed.wait_listening(node, port, &mut program);
         program
     }
 

@@ -85,6 +85,25 @@ impl Https {
         programs
     }
 
+    /// As [`Https::everything`], with Python's http.server at the host and on the first target.
+    ///
+    /// # Panics
+    /// When they do not come up.
+    #[must_use]
+    pub fn with_python(&self) -> Vec<Program> {
+        let policy = self.bed.file("targets.toml", &self.target_policy());
+        let mut programs = self.daemons_for(&format!("policy = \"{}\"", policy.display()), HANDLER);
+        self.share_objects();
+        programs.push(self.python_on("t1", PLAIN, self.with_policy("t1", "python3")));
+        for node in self.targets().iter().skip(1) {
+            programs.push(self.plain_nginx(node));
+        }
+        programs.push(self.python("host", self.with_policy("host", "python3")));
+        self.bed.wait_acceptors("t1", "plain", 1);
+        self.bed.wait_connected(&self.bed.servers());
+        programs
+    }
+
     /// nginx without TLS on a target.
     ///
     /// # Panics

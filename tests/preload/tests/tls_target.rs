@@ -85,7 +85,8 @@ fn one_connection_moves_a_thousand_times() {
     https.bed.wait_idle(&["host", "t1", "t2"]);
 }
 
-/// What is left of a record when a part of its data has been read moves on, too.
+/// What is left of a record when a part of its data has been read moves on, too. (After a long response the next request would stay,
+/// while something of it has not been sent.)
 #[test]
 fn requests_in_one_record_go_where_each_belongs() {
     let https = Https::with_targets(2);
@@ -95,7 +96,7 @@ fn requests_in_one_record_go_where_each_belongs() {
             suite,
             "w = Wire()\n\
              paths = [f'/img/t{n}/{size}' for n, size in\n\
-             \x20        [(1, '1'), (2, '1k'), (2, '0'), (1, '64k'), (2, '1'), (1, '1k'), (1, '1'), (2, '1m'), (1, '0')]]\n\
+             \x20        [(1, '1'), (2, '1k'), (2, '0'), (1, '1k'), (2, '1'), (1, '1k'), (1, '1'), (2, '1k'), (1, '0')]]\n\
              w.push(w.seal(b''.join(request(p) for p in paths)))\n\
              result = [w.got(p) for p in paths]\n\
              data = [upload(f'/up/t{n}/pipelined{n}', 5000 * n) for n in (1, 2, 1)]\n\
@@ -278,4 +279,23 @@ fn connections_come_home_to_a_server_with_tls() {
     }
     https.assert_nothing_refused();
     https.bed.wait_idle(&["host", "t1", "t2"]);
+}
+
+/// Blocking sockets, a thread for each connection, no epoll: at the target in plain, and as the home.
+#[test]
+fn python_as_target_and_as_home() {
+    let https = Https::with_targets(2);
+    let _programs = https.with_python();
+    for suite in [SUITES[0], SUITES[1], SUITES[2], SUITES[3], SUITES[5]] {
+        let places = ["host", "t1", "t2", "t1", "host", "t2", "host", "host", "t1"];
+        let mut steps = Vec::new();
+        for (i, place) in places.iter().enumerate() {
+            steps.push(json!(["GET", format!("/img/{place}/{}", ["1k", "1m", "0"][i % 3])]));
+            steps.push(json!(["PUT", format!("/up/{place}/p"), 100_000 + i]));
+        }
+        let got = https.client(443, Some(suite), json!({ "steps": steps }));
+        let expected: Vec<_> = places.iter().flat_map(|p| [*p, *p]).collect();
+        https.assert_places(&got, &expected);
+    }
+    https.assert_nothing_refused();
 }
