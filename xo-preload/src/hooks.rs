@@ -540,6 +540,9 @@ optional_hooks! {
             let n = c_int::try_from(layer.readable(fd)).unwrap_or(c_int::MAX);
             unsafe { argument.cast::<c_int>().write_unaligned(n) };
         }
+        if request == libc::FIONCLEX && result == 0 {
+            lifecycle::keep_from_others(fd);
+        }
         if request == libc::FIONBIO && result == 0 {
             mode::changed(fd, unsafe { argument.cast::<c_int>().read_unaligned() } != 0);
         }

@@ -252,7 +252,140 @@ exec(body)
 print(json.dumps(result))
 "#;
 
+/// A server that reads each request in the way that its path names, and answers with what it has read: `ways.py NODE PORT`.
+const WAYS: &str = r#"
+import array, errno, fcntl, os, socket, struct, subprocess, sys, tempfile, termios, threading
+
+node, port = sys.argv[1], int(sys.argv[2])
+
+def refused(call, *expected):
+    try:
+        call()
+    except OSError as e:
+        assert e.errno in expected, e
+    else:
+        raise AssertionError('not refused')
+
+def splice(c, n):
+    reader, writer = os.pipe()
+    refused(lambda: os.splice(c.fileno(), writer, n), errno.EINVAL)
+    os.write(writer, b'x')
+    refused(lambda: os.splice(reader, c.fileno(), 1), errno.EINVAL)
+    os.close(reader), os.close(writer)
+    return c.recv(n)
+
+def passing(c, n):
+    here, there = socket.socketpair()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [c.fileno()]))]
+    refused(lambda: here.sendmsg([b'x'], rights), errno.EBADF)
+    here.close(), there.close()
+    return c.recv(n)
+
+def program(c, n):
+    got = subprocess.run(['sh', '-c', f'cat <&{c.fileno()}; echo plain >&{c.fileno()}'], pass_fds=(c.fileno(),),
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
+    assert got.returncode != 0 and not got.stdout, got
+    return c.recv(n)
+
+def duplicate(c, n):
+    fd = os.dup(c.fileno())
+    got = os.read(fd, n)
+    os.close(fd)
+    return got
+
+def vectors(c, n):
+    pieces = [bytearray(5), bytearray(11), bytearray(4096)]
+    got = os.readv(c.fileno(), pieces)
+    return b''.join(pieces)[:got]
+
+def timed(c, n):
+    c.settimeout(5)
+    got = c.recv(n)
+    c.settimeout(None)
+    return got
+
+READ = {
+    'recv': lambda c, n: c.recv(4096), 'bytes': lambda c, n: b''.join(c.recv(1) for _ in range(n)),
+    'whole': lambda c, n: c.recv(n, socket.MSG_WAITALL), 'message': lambda c, n: c.recvmsg(4096)[0],
+    'from': lambda c, n: c.recvfrom(4096)[0], 'read': lambda c, n: os.read(c.fileno(), 4096),
+    'vectors': vectors, 'splice': splice, 'passing': passing, 'program': program, 'dup': duplicate, 'timed': timed,
+}
+
+def sendfile(c, data):
+    with tempfile.TemporaryFile() as f:
+        f.write(b'0123456789' + data)
+        f.flush()
+        half = len(data) // 2
+        assert os.sendfile(c.fileno(), f.fileno(), 10, half) == half
+        f.seek(10 + half)
+        rest = len(data) - half
+        assert os.sendfile(c.fileno(), f.fileno(), None, rest + 5) == rest and f.tell() == 10 + len(data)
+
+def more(c, data):
+    c.sendall(data[:10], socket.MSG_MORE)
+    c.sendall(data[10:])
+
+WRITE = [
+    lambda c, data: c.sendall(data), lambda c, data: os.write(c.fileno(), data), more, sendfile,
+    lambda c, data: os.writev(c.fileno(), [data[:3], b'', data[3:]]), lambda c, data: c.sendmsg([data[:30], data[30:]]),
+]
+
+def answer(c, way, turn):
+    c.setblocking(True)
+    seen = c.recv(4096, socket.MSG_PEEK)
+    waits = struct.unpack('i', fcntl.ioctl(c.fileno(), termios.FIONREAD, b'    '))[0]
+    assert waits >= len(seen), (waits, seen)
+    data = READ[way](c, len(seen))
+    head = f'HTTP/1.1 200 OK\r\nX-Node: {node}\r\nContent-Length: {len(data)}\r\n\r\n'
+    WRITE[turn % len(WRITE)](c, head.encode() + data)
+
+def serve(c):
+    turn = 0
+    while True:
+        seen = c.recv(4096, socket.MSG_PEEK)
+        if not seen:
+            break
+        way = seen.split()[1].decode().rsplit('/', 1)[1]
+        if way == 'fork':
+            child = os.fork()
+            if not child:
+                answer(c, 'recv', turn)
+                os._exit(0)
+            os.waitpid(child, 0)
+            # The child has used it: what is known here about its records is wrong.
+            refused(lambda: c.recv(1), errno.EIO)
+            refused(lambda: c.send(b'wrong'), errno.EIO)
+            break
+        answer(c, way, turn)
+        turn += 1
+    c.close()
+
+listener = socket.create_server(('', port))
+while True:
+    serve(listener.accept()[0])
+"#;
+
 impl Https {
+    /// A server on a target that reads and writes in many ways: `/img/NODE/WAY`.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn with_ways(&self) -> Vec<Program> {
+        let policy = self.bed.file("targets.toml", &self.target_policy());
+        let mut programs = self.daemons_for(&format!("policy = \"{}\"", policy.display()), HANDLER);
+        self.share_objects();
+        let mut command = self.with_policy("t1", "python3");
+        command.arg(self.bed.file("ways.py", WAYS)).args(["t1".to_owned(), PLAIN.to_string()]);
+        let mut ways = self.bed.start("t1", "t1-ways", &mut command);
+        self.bed.wait_listening("t1", PLAIN, &mut ways);
+        self.bed.wait_acceptors("t1", "plain", 1);
+        programs.push(ways);
+        programs.push(self.nginx("host", self.with_policy("host", "nginx"), ""));
+        self.bed.wait_connected(&self.bed.servers());
+        programs
+    }
+
     /// Runs this Python with a [`WIRE`] of the suite; what it leaves in `result`.
     ///
     /// # Panics

@@ -299,3 +299,24 @@ fn python_as_target_and_as_home() {
     }
     https.assert_nothing_refused();
 }
+
+/// Plain bytes come and go whatever call is used; who would see records is refused.
+#[test]
+fn ways_to_read_and_write() {
+    let https = Https::up();
+    let _programs = https.with_ways();
+    for suite in [SUITES[0], SUITES[2], SUITES[4]] {
+        let same = https.wire(
+            suite,
+            "ways = ['recv', 'bytes', 'whole', 'message', 'from', 'read', 'vectors', 'splice', 'passing', 'program', 'dup', 'timed']\n\
+             w, result = Wire(), []\n\
+             for way in 6 * ways[:1] + ways + ways[1:] + ['fork']:\n\
+             \x20   ask = request(f'/img/t1/{way}')\n\
+             \x20   w.push(w.seal(ask))\n\
+             \x20   result.append(w.response() == ('t1', 200, ask))\n\
+             assert w.socket.recv(100) == b'', 'the end'\n",
+        );
+        assert_eq!(same, json!(vec![true; 30]), "{suite:?}");
+    }
+    https.assert_nothing_refused();
+}
