@@ -91,6 +91,7 @@ fn peer_messages() -> Vec<PeerMessage> {
         wscale: Some((7, 9)),
         sack: true,
         timestamps: Some(Timestamps { value: 3, usec: true }),
+        snd_cwnd: 11,
         window: Window { snd_wl1: 4, snd_wnd: 5, max_window: 6, rcv_wnd: 7, rcv_wup: 8 },
     };
     let options = SockOptions { congestion: "cubic".into(), nodelay: true, ..SockOptions::default() };

@@ -20,6 +20,9 @@ fn setup(shape: u8, faults: u8) -> Setup {
         conns_per_host: 1 + usize::from(bit(4)),
         asks: 1 + bit(5),
         packets: 2 * bit(6),
+        guests: bit(7) == 1,
+        slow_packets: bit(7) == 1,
+        swift: false,
         faults: faults & 15,
     }
 }

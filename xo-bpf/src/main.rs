@@ -1,10 +1,11 @@
-//! XO's eBPF programs: ingress steering on the host, source rewrite on the target. Both are attached on
-//! every machine; which of them finds entries in its map is the daemon's business.
+//! XO's eBPF programs: ingress steering on the host, source rewrite on the target, the restored socket's window. All are
+//! attached on every machine; which of them finds something to do is the daemon's business.
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "atomic addition, which core does not offer on this target")]
 #![no_std]
 #![no_main]
 
+mod carry;
 mod count;
 mod egress;
 mod ingress;

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -122,6 +123,8 @@ pub(crate) struct Handoff {
     pub(crate) connect_timeout: Duration,
     /// Busy polling after a message while a hand-off is under way.
     pub(crate) spin: Duration,
+    /// Largest congestion window with which a connection that comes here begins, segments; 0: that of a new connection.
+    pub(crate) carry: u16,
 }
 
 /// Order of a hand-off's messages.
@@ -153,6 +156,7 @@ impl Default for Handoff {
             timeout: Duration::from_millis(100),
             connect_timeout: Duration::from_millis(500),
             spin: Duration::from_micros(250),
+            carry: 256,
         }
     }
 }
@@ -215,6 +219,8 @@ struct FileLimits {
     timeout_ms: Option<u32>,
     connect_timeout_ms: Option<u32>,
     spin_us: Option<u32>,
+    carry_cwnd: Option<bool>,
+    max_cwnd: Option<NonZeroU16>,
 }
 
 #[derive(Deserialize, Default)]
@@ -424,6 +430,11 @@ impl FileLimits {
             timeout: ms(self.timeout_ms, default.timeout),
             connect_timeout: ms(self.connect_timeout_ms, default.connect_timeout),
             spin: self.spin_us.map_or(default.spin, |n| Duration::from_micros(n.into())),
+            carry: if self.carry_cwnd == Some(false) {
+                0
+            } else {
+                self.max_cwnd.map_or(default.carry, Into::into)
+            },
         }
     }
 }

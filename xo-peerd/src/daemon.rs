@@ -72,7 +72,13 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
             })
             .ok()
     });
-    let steer = Steer::load(&config.interfaces, wanted, pins)?;
+    let mut steer = Steer::load(&config.interfaces, wanted, pins)?;
+    if config.handoff.carry > 0
+        && let Err(e) = steer.carry_windows()
+    {
+        log::warn!("{e}: connections that come here begin with the window of a new one");
+        config.handoff.carry = 0;
+    }
     // Servers that find a socket wait for its answer, so it is there when all else is.
     let ipc_listener = listen_local(&config)?;
     let socket = config.socket.clone();

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use xo_bpf_abi::FlowKey;
 use xo_proto::handoff::{HostEvent, ShortcutAction, ShortcutEvent, ShortcutState, TargetEvent, TargetState};
 use xo_proto::reason::Reason;
 use xo_proto::wire::{HandoffId, Home, Moved, MovedAck, PeerMessage};
@@ -199,18 +200,24 @@ impl Engine {
         }
     }
 
-    /// It is certain that a connection of this machine is back: its redirect goes, and it is like any other.
+    /// It is certain that a connection of this machine is back: its redirect goes, and it is like any other. Only then is that
+    /// noted: a daemon that finds the note takes it that no packet comes by the detour any more.
     fn come_home(&mut self, key: &ServedKey) {
         let Some(served) = self.served.get_mut(key) else { return };
-        let (id, known_as) = (served.origin.id, flow_key(served.client, served.local));
-        if let Some(Entry::Deliver(flow)) = served.entry
-            && let Err(e) = self.steer.note_home(&flow, key.1)
-        {
-            log::error!("noting that a connection from {} is home: {e}", key.0);
-        }
+        let (id, known_as, entry) = (served.origin.id, flow_key(served.client, served.local), served.entry);
         self.abandon_place(key);
         self.by_flow.remove(&known_as);
         self.host_event(id, HostEvent::Returned);
+        if let Some(Entry::Deliver(flow)) = entry {
+            self.note_home(&flow, key);
+        }
+    }
+
+    /// For the next daemon: a connection is home for sure.
+    pub(crate) fn note_home(&mut self, flow: &FlowKey, key: &ServedKey) {
+        if let Err(e) = self.steer.note_home(flow, key.1) {
+            log::error!("noting that a connection from {} is home: {e}", key.0);
+        }
     }
 
     /// `CLOSED`: to the home, which redirects the packets; while it does not know this place, to the machine that does.

@@ -174,6 +174,7 @@ impl Engine {
         served.entry = Some(Entry::Rewrite(key));
         // Its home is told when it is connected.
         served.shortcut.on(ShortcutEvent::Confirmed);
+        served.counted = true;
         served.watch();
         self.by_flow.insert(key, served_key.clone());
         self.insert_served(served_key.clone(), served);
@@ -206,6 +207,8 @@ impl Engine {
         served.entrance = entrance;
         served.entry = Some(Entry::Deliver(key));
         if away.is_none() {
+            self.note_home(&key, &served_key);
+            served.counted = true;
             served.shortcut.on(ShortcutEvent::Confirmed);
             served.shortcut.on(ShortcutEvent::MovedAck);
             self.at(Instant::now() + DETOUR_PATIENCE, Timer::Detour(served_key.clone()));

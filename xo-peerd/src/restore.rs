@@ -49,7 +49,9 @@ impl Engine {
         if self.served.get(key).is_some_and(|s| self.is_recalled(&s.origin)) {
             return Err(Reason::TargetUnwilling);
         }
-        let begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
+        let mut begin = self.served.get_mut(key).and_then(|s| s.begin.take()).ok_or(Reason::Closed)?;
+        let window = &mut begin.record.tcp.snd_cwnd;
+        *window = (*window).min(self.config.handoff.carry.into());
         // Its sender would go on sending it.
         if !begin.record.tcp.unsent.is_empty() {
             return Err(Reason::NotClean);

@@ -13,6 +13,7 @@ use xo_bpf_abi::{
     INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
 
+mod carry;
 pub(crate) mod pin;
 mod ways;
 
@@ -75,7 +76,7 @@ pub(crate) struct Steer {
     entries: u64,
     mode: &'static str,
     pins: Option<Pins>,
-    _programs: Ebpf,
+    programs: Ebpf,
 }
 
 impl Steer {
@@ -119,7 +120,7 @@ impl Steer {
             entries: 0,
             mode,
             pins,
-            _programs: programs,
+            programs,
         };
         // The program's count of what it has removed may be an earlier daemon's.
         let flows = steer.all_flows();
@@ -129,6 +130,11 @@ impl Steer {
         }
         steer.entries = present + steer.counters()[Path::Reused as usize];
         Ok(steer)
+    }
+
+    /// Lets restored sockets have the congestion windows of their records.
+    pub(crate) fn carry_windows(&mut self) -> Result<(), SteerError> {
+        carry::attach(&mut self.programs)
     }
 
     /// All entries of the flow table.

@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use xo_proto::board::node_id;
-use xo_proto::handoff::{LIMITS, Shortcut, ShortcutEvent, Target, TargetAction, TargetEvent, TargetState};
+use xo_proto::handoff::{
+    LIMITS, Shortcut, ShortcutEvent, ShortcutState, Target, TargetAction, TargetEvent, TargetState,
+};
 use xo_proto::ipc::Deliver;
 use xo_proto::reason::Reason;
 use xo_proto::tls::TlsState;
@@ -75,8 +77,8 @@ pub(crate) struct Served {
     pub(crate) late: Duration,
     host_ready_ns: u64,
     started_ns: Option<u64>,
-    /// It is in the metrics.
-    counted: bool,
+    /// It is in the metrics, and its way was told about.
+    pub(crate) counted: bool,
     /// From dump to `HOST_READY`.
     elapsed: Duration,
     pub(crate) refusal: String,
@@ -205,7 +207,11 @@ impl Engine {
             self.target_event(&key, &TargetEvent::HostReady);
         }
         if key == asked {
-            // Who still asks has not taken `CLOSED`, or an earlier daemon of it has.
+            // Who still asks has not taken `CLOSED`, or an earlier daemon of it has; or it was given up.
+            let given_up = |s: &Served| s.shortcut.state() == ShortcutState::Done;
+            if state != TargetState::Closing && self.served.get(&key).is_some_and(given_up) {
+                self.send_to_host(&key, &PeerMessage::Closed(id));
+            }
             self.shortcut_event(&key, ShortcutEvent::ViaBack);
         }
     }

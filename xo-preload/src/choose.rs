@@ -19,7 +19,8 @@ const RULES: usize = 64;
 
 /// How often each rule has been asked by this process.
 static TURNS: [AtomicU64; RULES] = [const { AtomicU64::new(0) }; RULES];
-/// For each row of the board, the last report seen (upper half) and the connections sent there since.
+/// For each row of the board, the last report seen (upper half) and the connections sent there since; for this machine's, those
+/// sent away.
 static SENT: [AtomicU64; ROWS] = [const { AtomicU64::new(0) }; ROWS];
 /// See [`random`].
 static SEED: AtomicU64 = AtomicU64::new(0);
@@ -29,8 +30,8 @@ pub(crate) struct Chosen<'p> {
     pub(crate) to: Destination,
     /// Handler there.
     pub(crate) handler: &'p str,
-    /// For a target, its number on the board.
-    id: Option<u64>,
+    /// The machine's number on the board.
+    id: u64,
     /// The rule whose turn it was.
     rule: Option<usize>,
 }
@@ -39,9 +40,9 @@ impl Chosen<'_> {
     /// It goes there: what this process knows about turns and machines includes it.
     pub(crate) fn count(&self, conn: &Conn) {
         took_turn(self.rule);
-        if let Some(id) = self.id {
-            Seen::by(conn).sent_to(id);
-        }
+        let seen = Seen::by(conn);
+        seen.sent_to(self.id);
+        seen.sent_to(daemon::node_number());
     }
 }
 
@@ -61,7 +62,7 @@ pub(crate) fn destination<'p>(
 pub(crate) fn ahead<'p>(policy: &'p Policy, conn: &Conn, request: Request<'_>) -> Result<Chosen<'p>, usize> {
     let seen = Seen::by(conn);
     let recalled = seen.is_recalled();
-    let home = |rule| Chosen { to: Destination::Home, handler: "", id: None, rule };
+    let home = |rule| Chosen { to: Destination::Home, handler: "", id: seen.home, rule };
     let Decision::Choose(choice) = policy.decide(request) else {
         return if recalled { Ok(home(None)) } else { Err(Counter::Local as usize) };
     };
@@ -71,7 +72,7 @@ pub(crate) fn ahead<'p>(policy: &'p Policy, conn: &Conn, request: Request<'_>) -
     match pick {
         Pick::To(Candidate { name, address: Some(address), id, .. }) => {
             let to = Destination::Target { node: name.clone(), address: *address };
-            Ok(Chosen { to, handler: choice.handler, id: Some(*id), rule })
+            Ok(Chosen { to, handler: choice.handler, id: *id, rule })
         }
         Pick::Home => Ok(home(rule)),
         Pick::Here | Pick::To(_) => {
@@ -114,7 +115,7 @@ impl Seen {
         self.guest && self.board.is_some_and(|b| b.avoids(self.home, daemon::node_number()))
     }
 
-    /// A connection goes to this machine: it counts until the machine's own report includes it.
+    /// A connection goes to this machine, or leaves this one: it counts until the machine's own report tells of it.
     fn sent_to(&self, id: u64) {
         let Some((board, row)) = self.board.and_then(|b| Some((b, b.row(id)?))) else { return };
         let reports = u64::from(board.load(row).reports) << 32;
@@ -146,7 +147,13 @@ impl View for Seen {
         let load = board.load(row);
         let sent = SENT.get(row).map_or(0, |s| s.load(Ordering::Relaxed));
         let since = if sent >> 32 == u64::from(load.reports) { sent as u32 } else { 0 };
-        load.connections.saturating_add(since)
+        // The daemon counts down what leaves, but only as it gets to it; that some are counted twice until the next report is no
+        // harm, and that many leave at a time would be.
+        if id == daemon::node_number() {
+            load.connections.saturating_sub(since)
+        } else {
+            load.connections.saturating_add(since)
+        }
     }
 
     fn turn(&self, rule: usize) -> u64 {

@@ -69,8 +69,22 @@ pub struct TcpState {
     pub sack: bool,
     /// Timestamps, if negotiated.
     pub timestamps: Option<Timestamps>,
+    /// Congestion window, segments: see [`window_after_idle`]; 0: that of a new connection.
+    pub snd_cwnd: u32,
     /// Windows, as `TCP_REPAIR_WINDOW` reports them.
     pub window: Window,
+}
+
+/// A new connection's congestion window, segments (RFC 6928; the kernel's `TCP_INIT_CWND`).
+const INITIAL_WINDOW: u32 = 10;
+
+/// The congestion window with which a connection would go on that has sent nothing for some time: half for each
+/// retransmission timeout, as the kernel has it (`tcp_cwnd_restart`; RFC 2861). Windows in segments, times in microseconds.
+#[must_use]
+pub fn window_after_idle(window: u32, idle_us: u64, timeout_us: u32) -> u32 {
+    let halvings = idle_us.saturating_sub(1) / u64::from(timeout_us.max(1));
+    let halved = window.checked_shr(u32::try_from(halvings).unwrap_or(u32::MAX)).unwrap_or(0);
+    halved.max(window.min(INITIAL_WINDOW))
 }
 
 /// The TCP timestamp clock (RFC 7323).
@@ -133,6 +147,7 @@ impl fmt::Debug for TcpState {
             .field("wscale", &self.wscale)
             .field("sack", &self.sack)
             .field("timestamps", &self.timestamps)
+            .field("snd_cwnd", &self.snd_cwnd)
             .field("window", &self.window)
             .finish()
     }
@@ -141,6 +156,24 @@ impl fmt::Debug for TcpState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_shrinks_while_nothing_is_sent() {
+        for (window, idle_us, expected) in [
+            (100, 0, 100),
+            (100, 200_000, 100),
+            (100, 200_001, 50),
+            (100, 400_001, 25),
+            (100, 600_001, 12),
+            (100, 800_001, 10),
+            (100, u64::MAX, 10),
+            (4, u64::MAX, 4),
+            (0, 0, 0),
+        ] {
+            assert_eq!(window_after_idle(window, idle_us, 200_000), expected, "{window} {idle_us}");
+        }
+        assert_eq!(window_after_idle(100, 5, 0), 10, "no timeout is known");
+    }
 
     #[test]
     fn only_what_is_new_counts_as_acknowledged() {

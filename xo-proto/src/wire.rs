@@ -8,7 +8,7 @@ use crate::conn::{ConnRecord, SockOptions};
 use crate::reason::Reason;
 
 /// Version of this protocol; peers of different versions refuse each other's hand-offs.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// First field of the first message.
 pub const MAGIC: [u8; 4] = *b"XOP1";
 

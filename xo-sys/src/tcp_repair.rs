@@ -41,6 +41,10 @@ const SIOCOUTQNSD: i32 = 0x894b;
 const ESTABLISHED: u8 = 1;
 const CLOSE_WAIT: u8 = 8;
 
+/// With a congestion window in the lower half, the priority of a socket while it is connected in repair mode: the kernel asks
+/// the program `xo_carry`, which sets the window. (No option does; nothing looks at the priority meanwhile.)
+pub const WINDOW_PRIORITY: u32 = 0x584f_0000;
+
 /// Bits of `tcpi_options`.
 const OPT_TIMESTAMPS: u8 = 1;
 const OPT_SACK: u8 = 2;
@@ -193,12 +197,16 @@ struct TcpInfo {
     options: u8,
     wscale: u8,
     _flags: u8,
-    _rto: u32,
+    rto: u32,
     _ato: u32,
     snd_mss: u32,
     _rcv_mss: u32,
-    _unacked_to_pmtu: [u32; 10],
+    _unacked_to_fackets: [u32; 5],
+    last_data_sent: u32,
+    _last_ack_sent_to_pmtu: [u32; 4],
     rcv_ssthresh: u32,
+    _rtt_to_ssthresh: [u32; 3],
+    snd_cwnd: u32,
 }
 
 /// Offset of `tcpi_bytes_acked` in `struct tcp_info`: 8 bytes, 24 words, `tcpi_pacing_rate`, `tcpi_max_pacing_rate`.

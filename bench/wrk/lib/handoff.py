@@ -113,7 +113,7 @@ def run(quick):
         if directory and number % 2 == 1:
             probes.append(probe_round(directory, count))
         if directory:
-            pinned.append(probe_round(directory, count, ["taskset", "-c", handoff_cost.SERVER_CPU]))
+            pinned.append(probe_round(directory, count, ["taskset", "-c", str(handoff_cost.SERVER_CPU)]))
         print(f"handoff: round {number + 1} of {rounds}", flush=True)
     rows = []
     for kind in KINDS:

@@ -9,10 +9,11 @@ import time
 import cluster
 import handoff
 import overhead
+import rebalance
 import steering
 
 RESULTS = cluster.ROOT / "bench" / "wrk" / "results"
-PARTS = {"handoff": handoff, "overhead": overhead, "steering": steering}
+PARTS = {"handoff": handoff, "overhead": overhead, "steering": steering, "rebalance": rebalance}
 
 
 def arguments():
@@ -63,7 +64,10 @@ def main():
         begun = time.monotonic()
         parts[name] = (machine, PARTS[name].run(chosen.quick))
         print(f"{name}: {time.monotonic() - begun:.0f} s\n\n{PARTS[name].table(parts[name][1])}", flush=True)
-    write(chosen.out, machine, parts)
+        # What is measured is kept, should a later part fail.
+        write(chosen.out, machine, parts)
+        if name == "rebalance":
+            rebalance.plot(chosen.out, chosen.out.with_name("rebalance.svg"))
     print(f"written: {chosen.out} and {chosen.out.with_suffix('.md')}")
 
 

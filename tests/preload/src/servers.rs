@@ -273,9 +273,18 @@ impl Bed {
     /// Daemons and nginx on the host and all targets.
     #[must_use]
     pub fn everything(&self) -> Vec<Program> {
+        self.everything_with(&PeerdOptions::default())
+    }
+
+    /// As [`Bed::everything`], with other options for the daemons.
+    ///
+    /// # Panics
+    /// When something does not start.
+    #[must_use]
+    pub fn everything_with(&self, options: &PeerdOptions) -> Vec<Program> {
         let nodes = self.nodes();
         let serving = || nodes.iter().filter(|n| *n == "host" || n.starts_with('t'));
-        let mut programs: Vec<_> = serving().map(|n| self.peerd(n, &PeerdOptions::default())).collect();
+        let mut programs: Vec<_> = serving().map(|n| self.peerd(n, options)).collect();
         programs.extend(serving().map(|n| self.nginx(n)));
         for node in serving().filter(|n| *n != "host") {
             // Two workers, each with an IPv4 and an IPv6 socket.

@@ -250,7 +250,8 @@ impl Https {
     /// Another server with TLS, on port 443 of a node.
     ///
     /// # Panics
-    /// For nginx and Python, which have functions of their own; when it does not listen.
+    /// For nginx and Python, which have functions of their own, and lighttpd, whose module for TLS is another package; when it
+    /// does not listen.
     pub fn server(&self, kind: Kind, node: &str) -> Server {
         let d = self.bed.directory().display();
         let pair: String = ["rsa.pem", "rsa.key"]
@@ -265,10 +266,6 @@ impl Https {
                 assert!(text.contains(plain));
                 text.replace(plain, &format!("{plain} bind :::443 v4v6 ssl crt {both}\n"))
             }
-            Kind::Lighttpd => format!(
-                "{text}server.modules += (\"mod_openssl\")\n$SERVER[\"socket\"] == \":443\" {{\n\
-                 ssl.engine = \"enable\"\n ssl.pemfile = \"{both}\"\n}}\n"
-            ),
             Kind::ApacheEvent | Kind::ApachePrefork => {
                 let root = self.bed.root(node);
                 format!(
@@ -278,7 +275,7 @@ impl Https {
                     root.display()
                 )
             }
-            Kind::Nginx | Kind::Python => panic!("{kind:?} has a function of its own"),
+            Kind::Nginx | Kind::Python | Kind::Lighttpd => panic!("{kind:?} is not started here"),
         };
         let mut server = kind.start_with(&self.bed, node, |program| self.preloaded(node, program), edit);
         self.bed.wait_listening(node, 443, &mut server.program);
@@ -357,23 +354,15 @@ pub struct Interactive {
 }
 
 impl Interactive {
-    /// Connects to the host with this suite of TLS 1.3.
+    /// Connects to the host with these options.
     ///
     /// # Panics
     /// When it cannot.
     #[must_use]
-    pub fn start(https: &Https, suite: &str) -> Interactive {
+    pub fn start(https: &Https, options: &str) -> Interactive {
+        let text = format!("exec openssl s_client -crlf {options} -connect {}:443 2>&1", address("host"));
         let mut command = Command::new("sh");
-        command.args([
-            "-c",
-            "exec openssl s_client -crlf -tls1_3 -ciphersuites \"$1\" -connect \"$2\" 2>&1",
-            "sh",
-        ]);
-        command
-            .arg(suite)
-            .arg(format!("{}:443", address("host")))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
+        command.args(["-c", &text]).stdin(Stdio::piped()).stdout(Stdio::piped());
         enter(&mut command, &https.bed.namespace("client"));
         let mut child = command.spawn().expect("openssl s_client");
         let said = Arc::new(Mutex::new(String::new()));

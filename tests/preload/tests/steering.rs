@@ -1,14 +1,18 @@
-//! What routers have to say about an offloaded connection reaches the machine that serves it.
+//! What routers have to say about an offloaded connection reaches the machine that serves it, and what the connection has
+//! learnt about its path.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use xo_proto::conn::window_after_idle;
 use xo_tests::program::wait_for;
-use xo_tests::servers::{address, address6};
+use xo_tests::servers::{PeerdOptions, WEB, address, address6};
 use xo_tests::{Bed, Connection};
 
 /// Of the link to the client. All links have 1500 at first.
 const NARROW: u32 = 1400;
+/// The kernel's TCP_RTO_MIN.
+const SHORTEST_TIMEOUT_US: u32 = 200_000;
 
 fn set_mtu(bed: &Bed, mtu: u32) {
     bed.run("router", Command::new("ip").args(["link", "set", "r1", "mtu", &mtu.to_string()]));
@@ -71,4 +75,43 @@ fn a_client_that_cannot_be_reached_for_a_while_is_served_afterwards() {
     assert!(told, "no message was steered");
     assert_eq!(reader.join().expect("the reader").expect("the rest"), "t1");
     bed.wait_idle(&["host", "t1"]);
+}
+
+/// The congestion window of the only connection to port 80 of a node, segments.
+fn window(bed: &Bed, node: &str) -> u32 {
+    let state =
+        bed.run(node, Command::new("ss").args(["-tinH", "state", "established", "sport", "=", ":80"]));
+    let words: Vec<_> = state.split_whitespace().filter_map(|w| w.strip_prefix("cwnd:")).collect();
+    let [window] = words.as_slice() else { panic!("one connection on {node}: {state}") };
+    window.parse().expect("a number")
+}
+
+/// What a connection has learnt about its path goes with it, up to the limit; without that it begins like a new one.
+#[test]
+fn the_congestion_window_goes_with_the_connection() {
+    for (limits, limit) in [("", 256), ("max_cwnd = 20", 20), ("carry_cwnd = false", 10)] {
+        let bed = Bed::up(1, 1);
+        for node in ["host", "t1"] {
+            // Its window does not depend on how fast this machine is at the moment.
+            bed.run(node, Command::new("sysctl").args(["-qw", "net.ipv4.tcp_congestion_control=reno"]));
+        }
+        let sections = format!("{WEB}\n[limits]\n{limits}\n");
+        let _programs = bed.everything_with(&PeerdOptions { sections, ..PeerdOptions::default() });
+        let mut c = bed.on("client", || Connection::to(&address("host"), 80).expect("connect"));
+        let mut idle_since = Instant::now();
+        for _ in 0..4 {
+            idle_since = Instant::now();
+            assert_eq!(c.get("/loc/1m").expect("a large one").node(), "host");
+        }
+        let before = window(&bed, "host");
+        assert!(before > 20, "the window has not grown: {before}");
+        // So short that the window stays what it is.
+        assert_eq!(c.get("/img/1").expect("a small one").node(), "t1");
+        let idle_us = u64::try_from(idle_since.elapsed().as_micros()).expect("not for ever");
+        let after = window(&bed, "t1");
+        println!("{limits}: {before} before, {after} after");
+        // A machine that takes its time lets the window age.
+        let least = window_after_idle(before, idle_us, SHORTEST_TIMEOUT_US).min(limit);
+        assert!((least..=before.min(limit)).contains(&after), "{limits}: {before} before, {after} after");
+    }
 }

@@ -3,9 +3,11 @@
 //! serves the request as if nothing had been.
 
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use xo_tests::kinds::Kind;
+use xo_tests::program::wait_for;
 use xo_tests::servers::{PeerdOptions, address};
 use xo_tests::tls::{Https, Interactive, SUITES};
 
@@ -158,7 +160,7 @@ fn new_keys_in_the_middle_of_a_connection() {
     let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
     let mut moves = 0;
     for (_, suite) in &SUITES[..3] {
-        let mut client = Interactive::start(&https, suite);
+        let mut client = Interactive::start(&https, &format!("-tls1_3 -ciphersuites {suite}"));
         // K asks the server for a new key, too; k does not.
         for command in ["", "K", "k", "K", "K", "", "k"] {
             if !command.is_empty() {
@@ -171,6 +173,42 @@ fn new_keys_in_the_middle_of_a_connection() {
         }
         assert_sound(&https);
     }
+}
+
+#[test]
+fn early_data_and_second_handshakes() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "ssl_early_data on;");
+    // A server that would take early data is followed as long as there is none.
+    let got = https.client(443, Some(SUITES[0]), json!({ "steps": steps() }));
+    assert_served(&got, 1);
+    assert_eq!(https.refused("tls_unsupported"), WOULD_MOVE, "{}", https.about());
+    https.bed.file("request", "HEAD /img/1k HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    https.bed.file("early", "HEAD /img/1k HTTP/1.1\r\nHost: x\r\n\r\n");
+    let run = |more: &str| {
+        let text = format!(
+            "openssl s_client -ign_eof -tls1_3 -connect {}:443 {more} 2>&1 <request || true",
+            address("host")
+        );
+        let mut command = Command::new("sh");
+        https.bed.run("client", command.current_dir(https.bed.directory()).args(["-c", &text]))
+    };
+    let said = run("-sess_out session");
+    assert!(said.contains("X-Node: host"), "{said}");
+    assert_eq!(https.refused("tls_unsupported"), WOULD_MOVE + 1, "{}", https.about());
+    let said = run("-sess_in session -early_data early");
+    assert!(said.contains("Early data was accepted") && said.contains("X-Node: host"), "{said}");
+    assert_eq!(https.counted("tls_early_data"), 1, "{}", https.about());
+    assert_eq!(https.refused("tls_unsupported"), WOULD_MOVE + 1, "{}", https.about());
+    // nginx does not take part in a second handshake, but the connection is not followed beyond it.
+    let mut client = Interactive::start(&https, "-tls1_2");
+    client.say("HEAD /img/1k HTTP/1.1\nHost: x\n\n", "X-Node: host");
+    assert_eq!(https.refused("tls_unsupported"), WOULD_MOVE + 2, "{}", https.about());
+    client.say("R\n", "RENEGOTIATING");
+    let counted = wait_for(Duration::from_secs(20), || https.counted("tls_renegotiation") == 1);
+    assert!(counted, "{}", https.about());
+    assert_sound(&https);
 }
 
 #[test]
@@ -190,7 +228,7 @@ fn python_as_the_server() {
 
 #[test]
 fn other_servers() {
-    for kind in [Kind::Haproxy, Kind::ApacheEvent, Kind::ApachePrefork, Kind::Lighttpd] {
+    for kind in [Kind::Haproxy, Kind::ApacheEvent, Kind::ApachePrefork] {
         let https = Https::up();
         let _daemons = https.daemons();
         let _server = https.server(kind, "host");

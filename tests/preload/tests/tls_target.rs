@@ -186,7 +186,7 @@ fn new_keys_before_and_after_a_move() {
     let https = Https::with_targets(2);
     let _programs = https.everything();
     for (_, suite) in &SUITES[..3] {
-        let mut client = Interactive::start(&https, suite);
+        let mut client = Interactive::start(&https, &format!("-tls1_3 -ciphersuites {suite}"));
         // K asks the server for a new key, too; k does not.
         for (i, command) in ["K", "k", "K", "K", "", "k"].into_iter().enumerate() {
             for place in ["t1", "t2"] {

@@ -21,6 +21,13 @@ pub const INGRESS_PROGRAM: &str = "xo_ingress";
 /// Name of the egress program.
 pub const EGRESS_PROGRAM: &str = "xo_egress";
 
+/// Name of the program that gives restored sockets their congestion window.
+pub const CARRY_PROGRAM: &str = "xo_carry";
+/// What a socket's priority has in its upper half when the lower one is a congestion window, segments.
+pub const CARRY_PRIORITY: u32 = 0x584f_0000;
+/// The upper half.
+pub const CARRY_MASK: u32 = 0xffff_0000;
+
 /// One direction-free TCP flow as this machine sees it. IPv4 addresses are v4-mapped (`::ffff:a.b.c.d`).
 /// Ports and addresses are in network byte order, addresses as four words: the programs handle words, not
 /// bytes.

@@ -71,8 +71,14 @@ fn what_is_not_said_has_its_default() {
     assert!(c.interfaces.is_empty() && c.addresses.is_empty() && c.users.is_empty() && c.handlers.is_empty());
     assert_eq!(c.handoff.timeout, Duration::from_millis(100));
     assert_eq!(c.handoff.connect_timeout, Duration::from_millis(500));
-    assert_eq!(c.handoff.spin, Duration::from_micros(250));
+    assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(250), 256));
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (65_536, 4_194_304));
+}
+
+#[test]
+fn a_window_that_is_not_carried_has_no_limit() {
+    let c = load(&format!("{BASE}[limits]\nmax_cwnd = 9\ncarry_cwnd = false\n"));
+    assert_eq!(c.handoff.carry, 0);
 }
 
 #[test]
@@ -109,6 +115,7 @@ command = ["/bin/sh", "-c", "true"]
 timeout_ms = 250
 connect_timeout_ms = 0
 spin_us = 7
+max_cwnd = 9
 
 [steering]
 max_flows = 1
@@ -135,7 +142,7 @@ hold_bytes = 131_072
     let exec = Handler { name: "hello".into(), mode: HandlerMode::Exec { command } };
     assert_eq!(c.handlers, [attach, exec]);
     assert_eq!((c.handoff.timeout, c.handoff.connect_timeout), (Duration::from_millis(250), Duration::ZERO));
-    assert_eq!(c.handoff.spin, Duration::from_micros(7));
+    assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(7), 9));
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (1, 131_072));
 }
 
@@ -239,7 +246,7 @@ fn unknown_keys_say_where_and_what_there_is() {
         ),
         (
             "[limits]\ntimeout = 5\n",
-            "4:1: unknown field `timeout`, expected one of `timeout_ms`, `connect_timeout_ms`, `spin_us`",
+            "4:1: unknown field `timeout`, expected one of `timeout_ms`, `connect_timeout_ms`, `spin_us`, `carry_cwnd`, `max_cwnd`",
         ),
         (
             "[steering]\nmax_flows = 5\nring = 5\n",
@@ -277,6 +284,7 @@ fn values_of_another_kind_say_where() {
             &handler("exec", "command = \"/bin/sh\""),
             "6:11: invalid type: string \"/bin/sh\", expected a sequence",
         ),
+        ("[limits]\nmax_cwnd = 0\n", "4:12: invalid value: integer `0`, expected a nonzero u16"),
         ("[limits]\nspin_us = -1\n", "4:11: invalid value: integer `-1`, expected u32"),
         ("[limits]\ntimeout_ms = \"fast\"\n", "4:14: invalid type: string \"fast\", expected u32"),
         ("[steering]\nmax_flows = 4294967296\n", "4:13: invalid value: integer `4294967296`, expected u32"),

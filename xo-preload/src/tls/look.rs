@@ -107,6 +107,8 @@ fn judge(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, queue: &mut [u8]
             // For OpenSSL alone: an alert, a new key.
             Next::Record(_, _, total) if plain.is_empty() => return pass(half, total),
             Next::Record(..) | Next::Wrong => return leave(fd, conn, half, Reason::TlsLost),
+            // Records without anything in them: nobody's request begins there.
+            Next::Incomplete if plain.is_empty() && used > 0 => return pass(half, used),
             Next::Incomplete if !all => return Seen::Cut,
             Next::Incomplete if plain.is_empty() => return partial(fd, conn, half, length),
             Next::Incomplete => whole = true,

@@ -286,6 +286,7 @@ ssl_hooks! {
         if home::has_met(ssl) { 1 } else { result }
     }
 
+    // A server that would take early data begins the handshake with it.
     fn SSL_read_early_data(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
         /// `SSL_READ_EARLY_DATA_FINISH`.
         const FINISH: c_int = 2;

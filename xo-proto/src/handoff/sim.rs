@@ -9,21 +9,23 @@
 //! [`World::moves`] says what can happen next, [`World::step`] lets it happen, [`check`] looks at the outcome. Tests walk
 //! through all of it ([`World`] is small and can be hashed), or at random; the fuzz target picks moves by its input.
 //!
-//! Every node can be host and target at the same time, of any number of connections. A new kind of transfer is a message in
-//! [`link`], its driver beside the others, and what survives a daemon in [`kernel`].
+//! Every node can be host and target at the same time, of any number of connections; with [`Setup::guests`] a target hands
+//! connections on, to other targets and back home ([`onward`]). A new kind of transfer is a message in [`link`], its driver
+//! beside the others, and what survives a daemon in [`kernel`].
 
 mod check;
 mod host;
 mod kernel;
 mod link;
 mod moves;
+mod onward;
 mod rules;
 mod target;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use check::Violation;
-pub use kernel::{Client, FlowAction, Kernel, Packet, Rewrite, Socket, Verdict};
+pub use check::{NEVER_ENDS, Violation};
+pub use kernel::{Client, End, Flow, FlowAction, Kernel, Packet, Rewrite, Socket, Verdict};
 pub use link::{Channel, Message};
 pub use moves::{Class, Move};
 pub use rules::{Flaw, Gap, HandlerMode, Rules, Setup, Ticks};
@@ -38,6 +40,20 @@ pub type ConnIndex = usize;
 /// A hand-off: its place in [`World::handoffs`].
 pub type HandoffIndex = usize;
 
+/// An address of a connection on a machine. Each restored socket has its own, as on machines where entries linger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Port {
+    /// The one that its client knows.
+    Public,
+    /// Where this hand-off has restored it.
+    Guest(HandoffIndex),
+    /// Where its packets come in while this hand-off brings it home.
+    Entrance(HandoffIndex),
+}
+
+/// Where packets go.
+pub type Place = (NodeIndex, Port);
+
 /// One attempt to move a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Handoff {
@@ -45,8 +61,14 @@ pub struct Handoff {
     pub conn: ConnIndex,
     /// From here.
     pub host: NodeIndex,
+    /// From this address there.
+    pub port: Port,
     /// To here.
     pub target: NodeIndex,
+    /// The hand-off with which it left its home.
+    pub first: HandoffIndex,
+    /// How often it has moved since.
+    pub hop: u8,
 }
 
 /// What dies with a daemon.
@@ -56,8 +78,8 @@ pub(crate) struct Daemon {
     served: BTreeMap<HandoffIndex, Served>,
     /// Not to be begun any more.
     refused: BTreeSet<HandoffIndex>,
-    /// Found in the rewrite table without a socket; the hosts do not know.
-    gone: BTreeSet<HandoffIndex>,
+    /// Found in the tables without a socket: who is to be told, by which name, of which hand-off's entry.
+    gone: BTreeSet<(NodeIndex, HandoffIndex, HandoffIndex)>,
     /// The fastest message of each peer.
     fastest: BTreeMap<NodeIndex, Ticks>,
     /// Until a lost channel may be dialled again.
@@ -70,8 +92,6 @@ pub(crate) struct Daemon {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Node {
     kernel: Kernel,
-    /// Verdicts on this machine's own connections, as the library sees them.
-    slots: Vec<Verdict>,
     /// The library is connected to the daemon that runs now.
     library: bool,
     daemon: Option<Daemon>,
@@ -106,6 +126,8 @@ pub struct World {
     pub(crate) clients: Vec<Client>,
     /// Every hand-off so far.
     pub(crate) handoffs: Vec<Handoff>,
+    /// Packets under way between machines, with their age.
+    pub(crate) wire: Vec<(ConnIndex, Place, Packet, Ticks)>,
     /// Mishaps still allowed.
     pub(crate) faults: u8,
     /// A channel broke, or a daemon died.
@@ -122,10 +144,11 @@ impl World {
         let conns = setup.hosts * setup.conns_per_host;
         let nodes = setup.hosts + setup.targets;
         let mut world = World {
-            nodes: vec![Node::new(conns); nodes],
+            nodes: vec![Node::new(); nodes],
             channels: Vec::new(),
             clients: vec![Client::default(); conns],
             handoffs: Vec::new(),
+            wire: Vec::new(),
             faults: setup.faults,
             broken: false,
             slow: false,
@@ -134,16 +157,34 @@ impl World {
         };
         for conn in 0..conns {
             let home = world.home(conn);
-            world.nodes[home].kernel.sockets[conn] = Socket::Live;
+            world.nodes[home].kernel.ends.insert((conn, Port::Public), End::own());
         }
-        for host in 0..world.setup.hosts {
-            for target in world.setup.hosts..nodes {
-                world.channels.push(Channel::proven(host, target));
-                if let Some(daemon) = &mut world.nodes[target].daemon {
-                    daemon.fastest.insert(host, 0);
+        for to in world.setup.hosts..nodes {
+            for from in (0..to).filter(|from| *from < world.setup.hosts || world.setup.guests) {
+                world.channels.push(Channel::proven(from, to));
+                let ends = [(from, to), (to, from)];
+                for (node, peer) in ends.into_iter().filter(|(node, _)| *node == to || world.setup.guests) {
+                    if let Some(daemon) = &mut world.nodes[node].daemon {
+                        daemon.fastest.insert(peer, 0);
+                    }
                 }
             }
         }
+        world
+    }
+
+    /// The same, and each connection has moved to the first target and is settled there.
+    #[must_use]
+    pub fn offloaded(setup: Setup) -> World {
+        let mut world = World::new(Setup { faults: 0, ..setup });
+        for conn in 0..world.clients.len() {
+            world.step(Move::Ask { conn, from: (world.home(conn), Port::Public), target: setup.hosts });
+            while let Some(due) = world.moves().into_iter().find(|m| m.class() == Class::Due) {
+                world.step(due);
+            }
+            world.clients[conn].asks = 0;
+        }
+        (world.faults, world.setup) = (setup.faults, setup);
         world
     }
 
@@ -197,7 +238,7 @@ impl World {
         for (handoff, packet) in daemon.collected {
             let client = &mut self.clients[self.handoffs[handoff].conn];
             client.excuse(packet);
-            client.evidence_lost |= packet.acknowledges;
+            client.evidence_lost |= packet.acknowledges >= Some(handoff);
         }
         for handoff in daemon.hosted.keys() {
             self.clients[self.handoffs[*handoff].conn].daemon_lost = true;
@@ -215,31 +256,54 @@ impl World {
         let machine = &mut self.nodes[node];
         machine.daemon = Some(Daemon::default());
         // A library with nothing to show is connected at once.
-        machine.library = !machine.slots.contains(&Verdict::Pending);
-        for conn in 0..self.clients.len() {
-            self.recover_hosted(node, conn);
-            self.recover_served(node, conn);
+        machine.library = machine.kernel.ends.values().all(|e| e.slot != Verdict::Pending);
+        let rewrites: Vec<_> = machine.kernel.rewrites.keys().copied().collect();
+        let flows: Vec<_> = machine.kernel.flows.keys().copied().collect();
+        for (conn, port) in rewrites {
+            self.recover_served(node, conn, port);
+        }
+        let (ends, flows): (Vec<_>, Vec<_>) =
+            flows.into_iter().partition(|(_, port)| matches!(port, Port::Entrance(_)));
+        for (conn, port) in flows {
+            self.recover_hosted(node, conn, port);
+        }
+        for (conn, port) in ends {
+            self.recover_returned(node, conn, port);
         }
     }
 
     /// Time passes: one tick, or more when nothing is due for long.
     pub(crate) fn tick(&mut self) {
-        let soonest = self.nodes.iter().flat_map(Node::timers).min().unwrap_or(0);
-        let by = if soonest > self.setup.rules.long() { soonest - self.setup.rules.long() } else { 1 };
+        let soonest = self.nodes.iter().flat_map(Node::timers).min();
+        let long = self.setup.rules.long();
+        let by = soonest.filter(|left| *left > long).map_or(1, |left| left - long);
         self.age(by);
         self.run_host_timers();
         self.run_target_timers();
+        if soonest.is_none_or(|left| left > long) && self.setup.guests && self.wire.is_empty() {
+            self.sweep();
+        }
     }
 
     fn age(&mut self, by: Ticks) {
         let (old, stale) = (self.setup.rules.old(), self.setup.rules.stale());
         let older = |age: &mut Ticks| *age = old.min(*age + by);
+        // What is far off stays so until nothing else is to come: else every way to it would be a world of its own.
+        let far = 2 * self.setup.rules.long();
+        let runs_down = |left: &mut Ticks| {
+            if by > 1 || *left <= far {
+                *left = left.saturating_sub(by);
+            }
+        };
         for channel in &mut self.channels {
             channel.age(by, stale);
             self.slow |= channel.slowest() > self.setup.rules.under_way();
         }
+        for (.., age) in &mut self.wire {
+            older(age);
+        }
         for node in &mut self.nodes {
-            for rewrite in node.kernel.rewrites.iter_mut().flatten() {
+            for rewrite in node.kernel.rewrites.values_mut() {
                 rewrite.mute_in = rewrite.mute_in.map(|t| t.saturating_sub(by));
             }
             let Some(daemon) = &mut node.daemon else { continue };
@@ -250,24 +314,21 @@ impl World {
             for flow in daemon.hosted.values_mut() {
                 flow.asked.as_mut().map(older);
                 older(&mut flow.since);
-                for timer in [&mut flow.deadline, &mut flow.doubt].into_iter().flatten() {
-                    *timer = timer.saturating_sub(by);
-                }
+                let timers = [&mut flow.deadline, &mut flow.doubt, &mut flow.linger];
+                timers.into_iter().flatten().for_each(runs_down);
             }
             for served in daemon.served.values_mut() {
-                for timer in [&mut served.deadline, &mut served.fence].into_iter().flatten() {
-                    *timer = timer.saturating_sub(by);
-                }
+                let timers = [&mut served.deadline, &mut served.fence, &mut served.detour];
+                timers.into_iter().flatten().for_each(runs_down);
             }
         }
     }
 }
 
 impl Node {
-    fn new(conns: usize) -> Node {
+    fn new() -> Node {
         Node {
-            kernel: Kernel::new(conns),
-            slots: vec![Verdict::None; conns],
+            kernel: Kernel::default(),
             library: true,
             daemon: Some(Daemon::default()),
             fuse: None,
@@ -278,11 +339,11 @@ impl Node {
     /// What is left of each timer that runs.
     pub(crate) fn timers(&self) -> impl Iterator<Item = Ticks> {
         let daemon = self.daemon.iter().flat_map(|d| {
-            let hosted = d.hosted.values().flat_map(|f| [f.deadline, f.doubt]);
-            let served = d.served.values().flat_map(|s| [s.deadline, s.fence]);
+            let hosted = d.hosted.values().flat_map(|f| [f.deadline, f.doubt, f.linger]);
+            let served = d.served.values().flat_map(|s| [s.deadline, s.fence, s.detour]);
             hosted.chain(served).flatten().chain(d.pause.values().copied())
         });
-        let mutes = self.kernel.rewrites.iter().flatten().filter_map(|r| r.mute_in.filter(|left| *left > 0));
+        let mutes = self.kernel.rewrites.values().filter_map(|r| r.mute_in.filter(|left| *left > 0));
         daemon.chain(mutes)
     }
 }

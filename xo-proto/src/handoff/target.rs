@@ -75,7 +75,7 @@ pub enum TargetAction {
     SendHanded,
     /// What was kept to take the connection away again can go.
     Keep,
-    /// The connection is here, for sure.
+    /// The connection is here, for sure; may be said again.
     Confirmed,
     /// Close the socket in repair mode (silently) and remove the source rewrite.
     Discard,
@@ -155,7 +155,8 @@ impl Target {
             (S::Unconfirmed, E::HostReady) => then(S::Served, &[A::Keep, A::SendHanded, A::Confirmed]),
             (S::Unconfirmed, E::Fence { acknowledged: true }) => then(S::Served, &[A::Keep, A::Confirmed]),
             (S::Unconfirmed, E::Fence { acknowledged: false } | E::Abort) => then(S::Done, &[A::Withdraw]),
-            (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded]),
+            // Confirmed again: an earlier daemon may have died with that.
+            (S::Served, E::HostReady) => then(S::Served, &[A::SendHanded, A::Confirmed]),
             (S::Served, E::Query) => then(S::Served, &[A::SendStarted]),
             (S::Unconfirmed, E::SocketGone) => then(S::Closing, &[A::Keep, A::SendClosed]),
             (S::Served, E::SocketGone) | (S::Closing, E::PeerBack | E::Query | E::HostReady) => {

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
-use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window};
+use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window, window_after_idle};
 use xo_proto::reason::Reason;
 
 use super::{
@@ -136,6 +136,7 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
         wscale,
         sack: info.options & OPT_SACK != 0,
         timestamps,
+        snd_cwnd: window_after_idle(info.snd_cwnd, u64::from(info.last_data_sent) * 1000, info.rto),
         window: Window {
             snd_wl1: w.snd_wl1,
             snd_wnd: w.snd_wnd,

@@ -11,7 +11,7 @@ use xo_proto::reason::Reason;
 
 use super::{
     OFF_NO_PROBE, ON, RECV_QUEUE, RawAddress, RepairError, RepairWindow, SEND_QUEUE, SO_BUF_LOCK, Step,
-    TCP_REPAIR_WINDOW, address_of, set,
+    TCP_REPAIR_WINDOW, WINDOW_PRIORITY, address_of, set,
 };
 use crate::raw::{self, Fd, sys};
 
@@ -140,8 +140,16 @@ fn restore_at(
     let mss = tcp.mss_clamp.clamp(MSS_RANGE.0, MSS_RANGE.1);
     set(raw_fd, libc::TCP_MAXSEG, mss.into()).step("TCP_MAXSEG", failed)?;
     let (address, len) = RawAddress::new(record.client, v6_socket);
+    let cwnd = tcp.snd_cwnd.min(u16::MAX.into());
+    let priority = |value: u32| raw::setsockopt(raw_fd, libc::SOL_SOCKET, libc::SO_PRIORITY, &value);
+    if cwnd > 0 {
+        priority(WINDOW_PRIORITY | cwnd).step("SO_PRIORITY", failed)?;
+    }
     // SAFETY: the address lives through the call.
     sys!(libc::SYS_connect, raw_fd, &raw const address, len).step("connect", failed)?;
+    if cwnd > 0 {
+        priority(0).step("SO_PRIORITY", failed)?;
+    }
     negotiated(raw_fd, tcp, elapsed).step("TCP_REPAIR_OPTIONS", failed)?;
     fill(raw_fd, &tcp.received).step("receive queue", failed)?;
     if !tcp.sent.is_empty() {

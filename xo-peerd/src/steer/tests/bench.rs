@@ -74,7 +74,7 @@ impl Bench {
         options.data_in = Some(frame);
         options.data_out = Some(&mut out);
         options.ctx_in = Some(&context);
-        let program = classifier(&mut self.steer._programs, name).expect("the program");
+        let program = classifier(&mut self.steer.programs, name).expect("the program");
         let result =
             program.test_run(options).unwrap_or_else(|e| panic!("{} bytes: {}", frame.len(), chain(&e)));
         out.truncate(result.data_size_out as usize);

@@ -39,7 +39,7 @@ fn run(bench: &mut Bench, name: &str, frame: &[u8]) -> f64 {
     let mut options = TestRunOptions::new();
     options.data_in = Some(frame);
     options.repeat = REPEAT;
-    let program = classifier(&mut bench.steer._programs, name).expect("the program");
+    let program = classifier(&mut bench.steer.programs, name).expect("the program");
     let result = program.test_run(options).unwrap_or_else(|e| panic!("{}", chain(&e)));
     result.duration.as_nanos() as f64
 }

@@ -1,11 +1,10 @@
 //! The host's driver: what `xo-peerd` does in `host.rs` and `recover.rs`.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use super::super::{Host, HostAction, HostEvent, HostState};
+use super::onward::{address, place};
 use super::{
-    ConnIndex, Flaw, FlowAction, Handoff, HandoffIndex, Message, NodeIndex, Socket, Step, Ticks, Verdict,
-    World,
+    ConnIndex, Flaw, Flow, FlowAction, Handoff, HandoffIndex, Message, NodeIndex, Place, Port, Socket, Step,
+    Ticks, Verdict, World,
 };
 use crate::reason::Reason;
 
@@ -13,6 +12,12 @@ use crate::reason::Reason;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct HostFlow {
     machine: Host,
+    /// Where the connection is, or is to be; changes when it moves on.
+    pub(crate) target: NodeIndex,
+    /// The last move that its entry is owed to.
+    pub(crate) hop: u8,
+    /// For a guest that moves on: the hand-off that brought it here.
+    pub(crate) guest: Option<HandoffIndex>,
     /// The server's socket and the slot for the verdict are at hand.
     shown: bool,
     /// An earlier daemon's, and its library may still have its socket: nothing is settled before that is known.
@@ -27,16 +32,20 @@ pub(crate) struct HostFlow {
     /// Since this daemon found it, or began it.
     pub(crate) since: Ticks,
     /// Where its packets go.
-    to: Option<NodeIndex>,
+    pub(crate) to: Option<Place>,
     /// Timers: what is left.
     pub(crate) deadline: Option<Ticks>,
     pub(crate) doubt: Option<Ticks>,
+    pub(crate) linger: Option<Ticks>,
 }
 
 impl HostFlow {
-    fn new(machine: Host, shown: bool) -> HostFlow {
+    pub(crate) fn new(machine: Host, shown: bool, target: NodeIndex) -> HostFlow {
         HostFlow {
             machine,
+            target,
+            hop: 1,
+            guest: None,
             shown,
             unseen: false,
             put_off: false,
@@ -47,7 +56,25 @@ impl HostFlow {
             to: None,
             deadline: None,
             doubt: None,
+            linger: None,
         }
+    }
+
+    /// It becomes the hand-off of a guest.
+    pub(crate) fn of_guest(&mut self, brought_by: HandoffIndex) {
+        self.machine = self.machine.clone().of_guest();
+        self.guest = Some(brought_by);
+    }
+
+    /// In this order, from the beginning.
+    pub(crate) fn begins(&mut self, early: bool) {
+        let machine = Host::new(early);
+        self.machine = if self.guest.is_some() { machine.of_guest() } else { machine };
+    }
+
+    /// Is the connection's place known to be elsewhere?
+    pub(crate) fn is_away(&self) -> bool {
+        matches!(self.state(), HostState::Redirected | HostState::Offloaded)
     }
 
     pub(crate) fn state(&self) -> HostState {
@@ -65,13 +92,8 @@ impl HostFlow {
     }
 }
 
-/// The address of a node, as far as the machine is concerned.
-fn address(node: NodeIndex) -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, node as u16))
-}
-
 impl World {
-    fn hosted(&mut self, node: NodeIndex, handoff: HandoffIndex) -> Option<&mut HostFlow> {
+    pub(crate) fn hosted(&mut self, node: NodeIndex, handoff: HandoffIndex) -> Option<&mut HostFlow> {
         self.daemon(node)?.hosted.get_mut(&handoff)
     }
 
@@ -80,31 +102,26 @@ impl World {
     }
 
     /// The library asks for a hand-off.
-    pub(crate) fn on_offload(&mut self, conn: ConnIndex, target: NodeIndex) {
-        let host = self.home(conn);
+    pub(crate) fn on_offload(&mut self, conn: ConnIndex, (node, port): Place, target: NodeIndex) {
         let handoff = self.handoffs.len();
-        self.handoffs.push(Handoff { conn, host, target });
         self.clients[conn].asks += 1;
-        self.nodes[host].slots[conn] = Verdict::Pending;
-        let channel = self.connection_to(host, target);
-        let proven = channel.is_some_and(|(c, end)| self.channels[c].ends[end].proven);
-        let flow = HostFlow::new(Host::new(self.setup.early && proven), true);
-        let Some(daemon) = self.daemon(host) else { return };
-        daemon.hosted.insert(handoff, flow);
-        let event = match channel {
-            Some(_) => HostEvent::Start,
-            None => HostEvent::Hopeless(Reason::PeerUnreachable),
-        };
-        self.host_event(host, handoff, event);
+        let Some(end) = self.nodes[node].kernel.ends.get_mut(&(conn, port)) else { return };
+        (end.slot, end.asked) = (Verdict::Pending, Some(handoff));
+        let before = end.by.filter(|_| port != Port::Public).map(|by| self.handoffs[by]);
+        let (first, hop) = before.map_or((handoff, 1), |b| (b.first, b.hop + 1));
+        self.handoffs.push(Handoff { conn, host: node, port, target, first, hop });
+        let Some(daemon) = self.daemon(node) else { return };
+        daemon.hosted.insert(handoff, HostFlow::new(Host::new(false), true, target));
+        self.start_when_settled(node, handoff);
     }
 
     /// A library has a connection whose hand-off an earlier daemon did not finish.
-    pub(crate) fn on_recover(&mut self, node: NodeIndex, conn: ConnIndex) {
-        let entry = self.nodes[node].kernel.flows[conn];
-        let known = entry.filter(|(handoff, _)| self.hosted(node, *handoff).is_some());
-        let Some((handoff, _)) = known else {
-            self.resume(node, conn);
-            return self.decide(node, conn, Verdict::Stay);
+    pub(crate) fn on_recover(&mut self, node: NodeIndex, conn: ConnIndex, port: Port) {
+        let entry = self.nodes[node].kernel.flows.get(&(conn, port)).copied();
+        let known = entry.filter(|flow| self.hosted(node, flow.handoff).is_some());
+        let Some(Flow { handoff, .. }) = known else {
+            self.resume((node, port), conn);
+            return self.decide((node, port), conn, Verdict::Stay);
         };
         let Some(flow) = self.hosted(node, handoff) else { return };
         (flow.shown, flow.record) = (true, true);
@@ -116,7 +133,7 @@ impl World {
 
     /// The socket has been shown, or never will be: asks for the answers that were put off.
     fn seen(&mut self, node: NodeIndex, handoff: HandoffIndex) {
-        let target = self.handoffs[handoff].target;
+        let Some(target) = self.hosted(node, handoff).map(|f| f.target) else { return };
         let connected = self.connection_to(node, target).is_some();
         let rules = self.setup.rules;
         let (old, doubt) = (rules.old(), rules.ticks(rules.limits.doubt));
@@ -164,52 +181,78 @@ impl World {
         true
     }
 
-    pub(crate) fn recover_hosted(&mut self, node: NodeIndex, conn: ConnIndex) {
-        let Some((handoff, action)) = self.nodes[node].kernel.flows[conn] else { return };
+    pub(crate) fn recover_hosted(&mut self, node: NodeIndex, conn: ConnIndex, port: Port) {
+        let Some(&entry) = self.nodes[node].kernel.flows.get(&(conn, port)) else { return };
         let rules = self.setup.rules;
-        let to = match action {
+        let handoff = entry.handoff;
+        let to = match entry.action {
             FlowAction::Committed(_) if self.is_flawed(Flaw::ForgetsCommitment) => None,
             FlowAction::Redirect(to) | FlowAction::Committed(to) => Some(to),
-            FlowAction::Hold => None,
+            FlowAction::Hold | FlowAction::Deliver { .. } => None,
         };
-        if let Some(to) = to {
-            self.nodes[node].kernel.flows[conn] = Some((handoff, FlowAction::Redirect(to)));
+        let mut flow = HostFlow::new(Host::recovered(to.is_some()), false, entry.peer);
+        flow.hop = entry.hop;
+        if let Some(guest) = self.known_by(node, conn, port) {
+            flow.of_guest(guest);
+            if to.is_some() {
+                self.guest_left(node, guest);
+            }
         }
-        let mut flow = HostFlow::new(Host::recovered(to.is_some()), false);
+        if let Some(to) = to {
+            let action = FlowAction::Redirect(to);
+            self.nodes[node].kernel.flows.insert((conn, port), Flow { action, ..entry });
+        }
         (flow.to, flow.unseen) = (to, true);
         flow.doubt = Some(rules.ticks(if to.is_some() { rules.restart } else { rules.limits.doubt }));
         if let Some(daemon) = self.daemon(node) {
             daemon.hosted.insert(handoff, flow);
         }
-        if let Some(to) = to {
+        if to.is_some() {
             self.replay_held(node, handoff, to);
         }
     }
 
-    pub(crate) fn on_target_ready(
+    /// The hand-off, if this peer is its target.
+    pub(crate) fn told_by_its_target(
         &mut self,
         node: NodeIndex,
+        peer: NodeIndex,
+        handoff: HandoffIndex,
+    ) -> Option<&mut HostFlow> {
+        self.hosted(node, handoff).filter(|f| f.target == peer)
+    }
+
+    pub(crate) fn on_target_ready(
+        &mut self,
+        (node, peer): (NodeIndex, NodeIndex),
         handoff: HandoffIndex,
         started: bool,
         age: Ticks,
     ) {
-        let target = self.handoffs[handoff].target;
         let answer = self.setup.rules.ticks(self.setup.rules.limits.answer);
         if self.puts_off(node, handoff) {
             return;
         }
-        let Some(flow) = self.hosted(node, handoff) else {
-            return self.send(node, target, Message::Abort { handoff });
-        };
+        if self.hosted(node, handoff).is_none() {
+            return self.send(node, peer, Message::Abort { handoff });
+        }
+        let Some(flow) = self.told_by_its_target(node, peer, handoff) else { return };
         let asked = flow.asked;
         let timely = asked.is_some_and(|asked| asked <= answer);
         // The answer to an earlier question passes for one to the last: a reset that need not be.
         self.slow |= started && timely && asked.is_some_and(|asked| asked < age);
-        self.host_event(node, handoff, HostEvent::TargetReady { local: address(target), started, timely });
+        let local = address(self.entrance(handoff));
+        self.host_event(node, handoff, HostEvent::TargetReady { local, started, timely });
     }
 
-    pub(crate) fn on_refuse(&mut self, node: NodeIndex, handoff: HandoffIndex, reason: Reason) {
-        if self.puts_off(node, handoff) {
+    pub(crate) fn on_refuse(
+        &mut self,
+        node: NodeIndex,
+        peer: NodeIndex,
+        handoff: HandoffIndex,
+        reason: Reason,
+    ) {
+        if self.puts_off(node, handoff) || self.told_by_its_target(node, peer, handoff).is_none() {
             return;
         }
         let doubt = self.hosted_state(node, handoff) == Some(HostState::Doubt);
@@ -221,10 +264,9 @@ impl World {
         self.host_event(node, handoff, event);
     }
 
-    pub(crate) fn on_handed(&mut self, node: NodeIndex, handoff: HandoffIndex) {
-        if let Some(flow) = self.hosted(node, handoff) {
-            flow.record &= flow.state() != HostState::Redirected;
-        }
+    pub(crate) fn on_handed(&mut self, node: NodeIndex, peer: NodeIndex, handoff: HandoffIndex) {
+        let Some(flow) = self.told_by_its_target(node, peer, handoff) else { return };
+        flow.record &= flow.state() != HostState::Redirected;
         self.host_event(node, handoff, HostEvent::Handed);
     }
 
@@ -232,10 +274,10 @@ impl World {
         if self.puts_off(node, handoff) {
             return;
         }
-        if self.hosted(node, handoff).is_some() {
-            self.host_event(node, handoff, HostEvent::Closed);
-        } else {
+        if self.hosted(node, handoff).is_none() {
             self.send(node, peer, Message::ClosedAck { handoff });
+        } else if self.told_by_its_target(node, peer, handoff).is_some() {
+            self.host_event(node, handoff, HostEvent::Closed);
         }
     }
 
@@ -246,7 +288,7 @@ impl World {
             return false;
         }
         let Some(daemon) = self.daemon(node) else { return false };
-        let shows = daemon.collected.iter().any(|(h, p)| *h == handoff && p.acknowledges);
+        let shows = daemon.collected.iter().any(|(h, p)| *h == handoff && p.acknowledges >= Some(handoff));
         shows && daemon.hosted.get(&handoff).is_some_and(|f| f.record)
     }
 
@@ -263,6 +305,10 @@ impl World {
                 if let Some(flow) = self.hosted(node, handoff) {
                     let deadline = flow.deadline.take_if(|left| *left == 0);
                     let doubt = flow.doubt.take_if(|left| *left == 0);
+                    let linger = flow.linger.take_if(|left| *left == 0);
+                    if linger.is_some() {
+                        self.host_event(node, handoff, HostEvent::LingerOver);
+                    }
                     if deadline.is_some() {
                         self.host_event(node, handoff, HostEvent::Deadline);
                     }
@@ -305,17 +351,17 @@ impl World {
                 self.host_event(node, handoff, HostEvent::PeerBack);
             }
         }
-        self.closed_again(node, peer);
+        self.closed_again(node, Some(peer));
     }
 
     fn hosted_to(&self, node: NodeIndex, peer: NodeIndex, which: fn(&HostFlow) -> bool) -> Vec<HandoffIndex> {
         let Some(daemon) = &self.nodes[node].daemon else { return Vec::new() };
-        let its = |(h, f): &(&HandoffIndex, &HostFlow)| self.handoffs[**h].target == peer && which(f);
+        let its = |(_, f): &(&HandoffIndex, &HostFlow)| f.target == peer && which(f);
         daemon.hosted.iter().filter(its).map(|(h, _)| *h).collect()
     }
 
     /// Feeds the state machine and carries out what it says.
-    fn host_event(&mut self, node: NodeIndex, handoff: HandoffIndex, event: HostEvent) {
+    pub(crate) fn host_event(&mut self, node: NodeIndex, handoff: HandoffIndex, event: HostEvent) {
         let mut next = Some(event);
         let mut actions = Vec::new();
         while let Some(event) = next.take() {
@@ -349,11 +395,17 @@ impl World {
         handoff: HandoffIndex,
         action: HostAction,
     ) -> Option<HostEvent> {
-        let Handoff { conn, target, .. } = self.handoffs[handoff];
+        let Handoff { conn, port, .. } = self.handoffs[handoff];
+        let target = self.hosted(node, handoff)?.target;
         let rules = self.setup.rules;
         match action {
-            // Of guests, which this model has none of.
-            HostAction::Repoint(_) | HostAction::ArmLinger | HostAction::Guest(_) => {}
+            HostAction::Repoint(to) => self.repoint(node, handoff, place(to)),
+            HostAction::ArmLinger => self.hosted(node, handoff)?.linger = Some(rules.ticks(rules.linger)),
+            HostAction::Guest(event) => {
+                if let Some(guest) = self.hosted(node, handoff)?.guest {
+                    self.guest_event(node, guest, event);
+                }
+            }
             HostAction::Hold => return Some(HostEvent::Held(self.hold(node, handoff))),
             HostAction::Dump => return Some(HostEvent::Dumped(self.dump(node, handoff))),
             HostAction::SendBegin => {
@@ -362,8 +414,11 @@ impl World {
                 let start = flow.machine.early();
                 self.send(node, target, Message::Begin { handoff, start });
             }
-            HostAction::Redirect(_) => return self.redirect(node, handoff),
-            HostAction::SendHostReady => self.send(node, target, Message::HostReady { handoff }),
+            HostAction::Redirect(to) => return self.redirect(node, handoff, place(to)),
+            HostAction::SendHostReady => {
+                let hop = self.hosted(node, handoff)?.hop;
+                self.send(node, target, Message::HostReady { handoff, hop });
+            }
             HostAction::Vacate => self.vacate(node, handoff),
             HostAction::SendQuery => {
                 let flow = self.hosted(node, handoff).filter(|f| f.questions < rules.questions)?;
@@ -379,16 +434,15 @@ impl World {
             HostAction::SendAbort => self.send(node, target, Message::Abort { handoff }),
             HostAction::TakeBack => self.take_back(node, handoff),
             HostAction::Unhold | HostAction::RemoveRedirect => {
-                self.nodes[node].kernel.remove_flow(conn, handoff);
-                self.replay_held(node, handoff, node);
+                self.nodes[node].kernel.remove_flow(conn, port, handoff);
+                self.replay_held(node, handoff, None);
             }
             HostAction::Stay(_) => {
                 if self.hosted(node, handoff)?.shown {
-                    self.must(
-                        self.nodes[node].kernel.sockets[conn] == Socket::Live,
-                        "stays, but not as it was",
-                    );
-                    self.decide(node, conn, Verdict::Stay);
+                    // It may have ended, or been taken away, before the hand-off began.
+                    let socket = self.nodes[node].kernel.socket(conn, port);
+                    self.must(socket != Socket::Repair, "stays, but not as it was");
+                    self.decide((node, port), conn, Verdict::Stay);
                 }
             }
             HostAction::Reset => self.reset(node, handoff),
@@ -398,89 +452,103 @@ impl World {
     }
 
     fn hold(&mut self, node: NodeIndex, handoff: HandoffIndex) -> Result<(), Reason> {
-        let conn = self.handoffs[handoff].conn;
-        let free = self.nodes[node].kernel.flows[conn].is_none();
-        let works = self.works(node, Step::Hold) && free;
+        let Handoff { conn, port, target, .. } = self.handoffs[handoff];
+        let works = self.works(node, Step::Hold);
+        let flows = &mut self.nodes[node].kernel.flows;
+        let works = works && !flows.contains_key(&(conn, port));
         if works {
-            self.nodes[node].kernel.flows[conn] = Some((handoff, FlowAction::Hold));
+            flows.insert((conn, port), Flow { handoff, peer: target, hop: 0, action: FlowAction::Hold });
         }
         World::outcome(works, Reason::TableFull)
     }
 
     fn dump(&mut self, node: NodeIndex, handoff: HandoffIndex) -> Result<(), Reason> {
-        let conn = self.handoffs[handoff].conn;
-        let works = self.works(node, Step::Dump) && self.nodes[node].kernel.sockets[conn] == Socket::Live;
-        if works {
-            self.nodes[node].kernel.sockets[conn] = Socket::Repair;
-            if let Some(flow) = self.hosted(node, handoff) {
-                flow.record = true;
-            }
+        let Handoff { conn, port, .. } = self.handoffs[handoff];
+        let works = self.works(node, Step::Dump);
+        let end = self.nodes[node].kernel.ends.get_mut(&(conn, port));
+        let live = end.filter(|e| works && e.socket == Socket::Live).map(|e| e.socket = Socket::Repair);
+        if let Some(flow) = self.hosted(node, handoff) {
+            flow.record = live.is_some();
         }
-        World::outcome(works, Reason::DumpFailed)
+        live.ok_or(Reason::DumpFailed)
     }
 
-    fn redirect(&mut self, node: NodeIndex, handoff: HandoffIndex) -> Option<HostEvent> {
-        let Handoff { conn, target, .. } = self.handoffs[handoff];
-        let held = self.nodes[node].kernel.flows[conn] == Some((handoff, FlowAction::Hold));
+    fn redirect(&mut self, node: NodeIndex, handoff: HandoffIndex, to: Place) -> Option<HostEvent> {
+        let Handoff { conn, port, target, .. } = self.handoffs[handoff];
+        let at = (conn, port);
+        let entry = self.nodes[node].kernel.flows.get(&at).copied();
+        let held = entry.is_some_and(|f| f.handoff == handoff && f.action == FlowAction::Hold);
         if !self.works(node, Step::Redirect) || !held {
             return Some(HostEvent::RedirectFailed);
         }
+        let hop = self.hosted(node, handoff)?.hop;
+        let flow = |action| Flow { handoff, peer: target, hop, action };
         // An acknowledgement that the target gets makes it keep the connection: there is no way back any more.
-        self.nodes[node].kernel.flows[conn] = Some((handoff, FlowAction::Committed(target)));
+        self.nodes[node].kernel.flows.insert(at, flow(FlowAction::Committed(to)));
         if !self.goes_on(node) {
             return None;
         }
-        self.replay_held(node, handoff, target);
+        self.replay_held(node, handoff, Some(to));
         if !self.goes_on(node) {
             return None;
         }
-        self.nodes[node].kernel.flows[conn] = Some((handoff, FlowAction::Redirect(target)));
-        self.hosted(node, handoff)?.to = Some(target);
+        self.nodes[node].kernel.flows.insert(at, flow(FlowAction::Redirect(to)));
+        self.hosted(node, handoff)?.to = Some(to);
         None
     }
 
     /// The verdict first: the events that emptying raises must find it.
     fn vacate(&mut self, node: NodeIndex, handoff: HandoffIndex) {
-        let conn = self.handoffs[handoff].conn;
+        let Handoff { conn, port, .. } = self.handoffs[handoff];
         let Some(flow) = self.hosted(node, handoff).filter(|f| f.shown) else { return };
         flow.shown = false;
-        self.decide(node, conn, Verdict::Gone);
+        self.decide((node, port), conn, Verdict::Gone);
         if self.goes_on(node) {
-            self.must(self.nodes[node].kernel.sockets[conn] == Socket::Repair, "a live socket is emptied");
-            self.nodes[node].kernel.remove_socket(conn);
+            let repair = self.nodes[node].kernel.socket(conn, port) == Socket::Repair;
+            self.must(repair, "a live socket is emptied");
+            self.nodes[node].kernel.remove_socket(conn, port);
         }
     }
 
-    fn resume(&mut self, node: NodeIndex, conn: ConnIndex) {
-        self.must(self.nodes[node].kernel.sockets[conn] == Socket::Repair, "nothing to take back");
-        self.nodes[node].kernel.sockets[conn] = Socket::Live;
-        self.check_taken_back(conn);
+    fn resume(&mut self, (node, port): Place, conn: ConnIndex) {
+        let Some(end) = self.nodes[node].kernel.ends.get_mut(&(conn, port)) else { return };
+        let (was, asked) = (end.socket, end.asked);
+        end.socket = if was == Socket::Repair { Socket::Live } else { was };
+        self.must(was != Socket::Live, "nothing to take back");
+        self.check_taken_back(conn, asked);
     }
 
     fn take_back(&mut self, node: NodeIndex, handoff: HandoffIndex) {
-        let conn = self.handoffs[handoff].conn;
+        let Handoff { conn, port, .. } = self.handoffs[handoff];
         let shown = self.hosted(node, handoff).is_some_and(|f| f.shown);
         if shown {
-            self.resume(node, conn);
+            self.resume((node, port), conn);
         }
         if !self.goes_on(node) {
             return;
         }
-        self.replay_held(node, handoff, node);
+        self.replay_held(node, handoff, None);
         if !self.goes_on(node) {
             return;
         }
-        self.nodes[node].kernel.remove_flow(conn, handoff);
-        self.replay_held(node, handoff, node);
+        self.nodes[node].kernel.remove_flow(conn, port, handoff);
+        self.replay_held(node, handoff, None);
     }
 
     fn reset(&mut self, node: NodeIndex, handoff: HandoffIndex) {
-        let conn = self.handoffs[handoff].conn;
-        self.nodes[node].kernel.remove_flow(conn, handoff);
+        let Handoff { conn, port, .. } = self.handoffs[handoff];
+        self.nodes[node].kernel.remove_flow(conn, port, handoff);
         if self.goes_on(node)
             && let Some(flow) = self.hosted(node, handoff)
         {
-            self.clients[conn].told |= flow.record;
+            let (record, guest) = (flow.record, flow.guest);
+            let client = &mut self.clients[conn];
+            client.told |= record;
+            client.saw_too_much |= client.saw >= Some(handoff);
+            if let Some(guest) = guest.filter(|_| record) {
+                // Else the reset has the wrong source, and the client ignores it.
+                self.note_left(node, guest, false);
+            }
         }
     }
 }

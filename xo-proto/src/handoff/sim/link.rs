@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Flaw, HandoffIndex, NodeIndex, Ticks, World};
+use super::{Flaw, HandoffIndex, NodeIndex, Place, Ticks, World};
 use crate::reason::Reason;
 
 /// What daemons say; see `crate::wire`.
@@ -16,12 +16,14 @@ pub enum Message {
     Begin { handoff: HandoffIndex, start: bool },
     TargetReady { handoff: HandoffIndex, started: bool },
     Refuse { handoff: HandoffIndex, reason: Reason },
-    HostReady { handoff: HandoffIndex },
+    HostReady { handoff: HandoffIndex, hop: u8 },
     Handed { handoff: HandoffIndex },
     Query { handoff: HandoffIndex },
     Abort { handoff: HandoffIndex },
     Closed { handoff: HandoffIndex },
     ClosedAck { handoff: HandoffIndex },
+    Moved { first: HandoffIndex, hop: u8, at: Place },
+    MovedAck { first: HandoffIndex, hop: u8 },
 }
 
 impl Message {
@@ -147,10 +149,12 @@ impl World {
     pub(crate) fn may_dial(&self, from: NodeIndex, to: NodeIndex) -> bool {
         let Some(daemon) = &self.nodes[from].daemon else { return false };
         let is_between = |c: &Channel| c.ends[0].node == from && c.ends[0].open && c.ends[1].node == to;
+        // Targets are dialled beforehand where connections move between them; of two, one dials the other.
+        let wanted = self.setup.guests && from < to && to >= self.setup.hosts;
         self.nodes[to].daemon.is_some()
             && !daemon.pause.contains_key(&to)
             && !self.channels.iter().any(is_between)
-            && daemon.hosted.keys().any(|h| self.handoffs[*h].target == to)
+            && (wanted || !self.setup.guests && daemon.hosted.keys().any(|h| self.handoffs[*h].target == to))
     }
 
     pub(crate) fn dial(&mut self, from: NodeIndex, to: NodeIndex) {
@@ -171,7 +175,7 @@ impl World {
         }
         if greeted {
             self.peer_lost(node, peer);
-            self.closed_again(node, peer);
+            self.closed_again(node, Some(peer));
         }
     }
 
@@ -204,13 +208,17 @@ impl World {
                 let fresh = self.is_fresh(channel, end, age);
                 self.on_query(node, handoff, fresh);
             }
-            Message::HostReady { handoff } => self.on_host_ready(node, handoff),
+            Message::HostReady { handoff, hop } => self.on_host_ready(node, peer, handoff, hop),
             Message::Abort { handoff } => self.on_abort(node, handoff),
             Message::ClosedAck { handoff } => self.on_closed_ack(node, handoff),
-            Message::TargetReady { handoff, started } => self.on_target_ready(node, handoff, started, age),
-            Message::Refuse { handoff, reason } => self.on_refuse(node, handoff, reason),
-            Message::Handed { handoff } => self.on_handed(node, handoff),
+            Message::TargetReady { handoff, started } => {
+                self.on_target_ready((node, peer), handoff, started, age)
+            }
+            Message::Refuse { handoff, reason } => self.on_refuse(node, peer, handoff, reason),
+            Message::Handed { handoff } => self.on_handed(node, peer, handoff),
             Message::Closed { handoff } => self.on_closed(node, peer, handoff),
+            Message::Moved { first, hop, at } => self.on_moved(node, peer, first, hop, at),
+            Message::MovedAck { first, hop } => self.on_moved_ack(node, first, hop),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::super::TargetState;
 use super::{
-    Channel, ConnIndex, FlowAction, Gap, HandoffIndex, NodeIndex, Packet, Socket, Step, Verdict, World,
+    Channel, ConnIndex, End, Gap, HandoffIndex, NodeIndex, Packet, Place, Socket, Step, Verdict, World,
 };
 
 /// One thing that happens.
@@ -22,19 +22,21 @@ pub enum Move {
     /// A server's library finds the new daemon.
     LibraryReturns { node: NodeIndex },
     /// A handler closes what its daemon has left in repair mode.
-    HandlerDrops { node: NodeIndex, conn: ConnIndex },
+    HandlerDrops { at: Place, conn: ConnIndex },
     /// A daemon sees that the kernel has forgotten a connection.
     Look { node: NodeIndex, handoff: HandoffIndex },
     /// A handler process runs.
     Spawned { node: NodeIndex, handoff: HandoffIndex },
+    /// A packet arrives at the next machine.
+    Arrives { packet: usize },
     /// A library asks for a hand-off.
-    Ask { conn: ConnIndex, target: NodeIndex },
+    Ask { conn: ConnIndex, from: Place, target: NodeIndex },
     /// A client sends data.
     ClientSends { conn: ConnIndex },
     /// A handler sends a part of its answer, and the client acknowledges it.
-    HandlerSends { node: NodeIndex, conn: ConnIndex },
+    HandlerSends { at: Place, conn: ConnIndex },
     /// Client and handler close the connection.
-    Finish { node: NodeIndex, conn: ConnIndex },
+    Finish { at: Place, conn: ConnIndex },
     /// An end of a channel fails; what that end had sent is lost with it, or not.
     Break { channel: usize, end: usize, lost: bool },
     /// Nothing arrives at this end for a while.
@@ -89,16 +91,36 @@ impl World {
         let mut moves = Vec::new();
         self.channel_moves(&mut moves);
         self.daemon_moves(&mut moves);
+        if self.setup.swift
+            && let Some(first) = moves.iter().find(|m| self.is_swift(**m))
+        {
+            return vec![*first];
+        }
         self.conn_moves(&mut moves);
         // What is on its way arrives first, unless something holds it up.
         let arrives = moves.iter().any(|m| matches!(m, Move::Deliver { .. }));
-        if !arrives && !(0..self.nodes.len()).any(|node| self.library_is_due(node)) {
+        let slow = self.setup.rules.ticks(self.setup.rules.flight);
+        let lands = self.wire.iter().any(|(.., age)| *age >= slow);
+        if !arrives && !lands && !(0..self.nodes.len()).any(|node| self.library_is_due(node)) {
             moves.push(Move::Tick);
         }
+        moves.extend((0..self.wire.len()).map(|packet| Move::Arrives { packet }));
         if self.faults > 0 {
             self.fault_moves(&mut moves);
         }
         moves
+    }
+
+    /// Greetings, probes, and what leads to them.
+    fn is_swift(&self, what: Move) -> bool {
+        match what {
+            Move::Dial { .. } => true,
+            Move::Deliver { channel, end } => {
+                let next = self.channels[channel].ends[end].inbox.front();
+                next.is_some_and(|(_, message)| !message.is_about_a_handoff())
+            }
+            _ => false,
+        }
     }
 
     /// Picks a move by a number: one in sixteen is a fault, if there may be one.
@@ -126,8 +148,8 @@ impl World {
     fn daemon_moves(&self, moves: &mut Vec<Move>) {
         for (node, machine) in self.nodes.iter().enumerate() {
             let Some(daemon) = &machine.daemon else {
-                let dropped = !(0..self.clients.len())
-                    .any(|conn| node != self.home(conn) && machine.kernel.sockets[conn] == Socket::Repair);
+                let left = |e: &End| e.socket == Socket::Repair && e.slot != Verdict::Pending;
+                let dropped = !machine.kernel.ends.values().any(left);
                 if dropped || self.setup.rules.gap == Some(Gap::SlowHandler) {
                     moves.push(Move::Restart { node });
                 }
@@ -142,7 +164,8 @@ impl World {
                 }
             }
             for (&handoff, served) in &daemon.served {
-                let gone = machine.kernel.sockets[self.handoffs[handoff].conn] == Socket::None;
+                let socket = machine.kernel.socket(self.handoffs[handoff].conn, self.arrival(handoff));
+                let gone = socket == Socket::None && !self.is_inbound(handoff);
                 if served.spawning {
                     moves.push(Move::Spawned { node, handoff });
                 } else if served.state() == TargetState::Served && gone {
@@ -154,37 +177,36 @@ impl World {
 
     fn conn_moves(&self, moves: &mut Vec<Move>) {
         for (conn, client) in self.clients.iter().enumerate() {
-            let home = self.home(conn);
-            if self.may_ask(conn) {
-                moves.extend((self.setup.hosts..self.nodes.len()).map(|target| Move::Ask { conn, target }));
-            }
             if client.sent < self.setup.packets && !client.told {
                 moves.push(Move::ClientSends { conn });
             }
-            for node in (0..self.nodes.len()).filter(|n| *n != home) {
-                self.handler_moves(node, conn, moves);
+        }
+        for (node, machine) in self.nodes.iter().enumerate() {
+            for (&(conn, port), end) in &machine.kernel.ends {
+                if self.may_ask((node, port), conn) {
+                    let targets = (0..self.nodes.len()).filter(|t| self.may_go(node, conn, *t));
+                    moves.extend(targets.map(|target| Move::Ask { conn, from: (node, port), target }));
+                }
+                self.handler_moves((node, port), conn, end, moves);
             }
         }
     }
 
-    fn handler_moves(&self, node: NodeIndex, conn: ConnIndex, moves: &mut Vec<Move>) {
-        let kernel = &self.nodes[node].kernel;
-        if !kernel.passed[conn] {
+    fn handler_moves(&self, at: Place, conn: ConnIndex, end: &End, moves: &mut Vec<Move>) {
+        if !end.passed || end.by.is_none() {
             return;
         }
-        let flow = self.nodes[self.home(conn)].kernel.flows[conn];
-        let redirected = flow.is_some_and(|(_, action)| action == FlowAction::Redirect(node));
-        match kernel.sockets[conn] {
+        match end.socket {
             Socket::Live => {
-                if !self.clients[conn].saw_target && !self.clients[conn].told {
-                    moves.push(Move::HandlerSends { node, conn });
+                if self.clients[conn].saw < end.by && !self.clients[conn].told {
+                    moves.push(Move::HandlerSends { at, conn });
                 }
-                if redirected {
-                    moves.push(Move::Finish { node, conn });
+                if self.destination(conn) == Some(at) {
+                    moves.push(Move::Finish { at, conn });
                 }
             }
-            Socket::Repair => moves.push(Move::HandlerDrops { node, conn }),
-            Socket::None => {}
+            Socket::Repair if end.slot != Verdict::Pending => moves.push(Move::HandlerDrops { at, conn }),
+            _ => {}
         }
     }
 
@@ -217,8 +239,11 @@ impl World {
             }
             if machine.fails.is_none() {
                 let host = [Step::Hold, Step::Dump, Step::Redirect].as_slice();
-                let steps = if node < self.setup.hosts { host } else { &[Step::Restore, Step::Start] };
-                moves.extend(steps.iter().map(|&step| Move::Fail { node, step }));
+                let target = [Step::Restore, Step::Start].as_slice();
+                let sends = node < self.setup.hosts || self.setup.guests;
+                let takes = node >= self.setup.hosts || self.setup.guests;
+                let steps = [(sends, host), (takes, target)].into_iter().filter(|(does, _)| *does);
+                moves.extend(steps.flat_map(|(_, steps)| steps).map(|&step| Move::Fail { node, step }));
             }
         }
     }
@@ -226,19 +251,25 @@ impl World {
     /// A message or a timer is due at the daemon, or its library may ask.
     fn is_about_to_act(&self, node: NodeIndex) -> bool {
         let due = |c: &Channel| (0..2).any(|end| c.ends[end].node == node && c.is_due(end));
-        let asks = |conn| self.home(conn) == node && self.may_ask(conn);
+        let mut ends = self.nodes[node].kernel.ends.keys();
         self.channels.iter().any(due)
-            || (0..self.clients.len()).any(asks)
+            || ends.any(|(conn, port)| self.may_ask((node, *port), *conn))
             || self.nodes[node].timers().any(|left| left <= 1)
     }
 
-    fn may_ask(&self, conn: ConnIndex) -> bool {
-        let machine = &self.nodes[self.home(conn)];
+    fn may_ask(&self, (node, port): Place, conn: ConnIndex) -> bool {
+        let machine = &self.nodes[node];
+        let settled = |e: &End| e.passed && e.socket == Socket::Live && e.slot != Verdict::Pending;
         machine.daemon.is_some()
             && machine.library
-            && machine.kernel.sockets[conn] == Socket::Live
-            && machine.slots[conn] != Verdict::Pending
+            && (node == self.home(conn) || self.setup.guests)
+            && machine.kernel.ends.get(&(conn, port)).is_some_and(settled)
             && self.clients[conn].asks < self.setup.asks
+    }
+
+    /// Can a connection go from this machine to that?
+    fn may_go(&self, node: NodeIndex, conn: ConnIndex, target: NodeIndex) -> bool {
+        target != node && (target >= self.setup.hosts || target == self.home(conn))
     }
 
     /// Lets it happen.
@@ -253,20 +284,26 @@ impl World {
             Move::Dial { from, to } => self.dial(from, to),
             Move::Restart { node } => self.restart(node),
             Move::LibraryReturns { node } => self.library_returns(node),
-            Move::HandlerDrops { node, conn } => self.nodes[node].kernel.remove_socket(conn),
+            Move::HandlerDrops { at: (node, port), conn } => {
+                self.nodes[node].kernel.remove_socket(conn, port)
+            }
             Move::Look { node, handoff } => self.on_socket_gone(node, handoff),
             Move::Spawned { node, handoff } => self.on_spawned(node, handoff),
-            Move::Ask { conn, target } => self.on_offload(conn, target),
+            Move::Arrives { packet } => {
+                let (conn, to, packet, _) = self.wire.remove(packet);
+                self.comes_in(to, conn, packet, 0);
+            }
+            Move::Ask { conn, from, target } => self.on_offload(conn, from, target),
             Move::ClientSends { conn } => {
                 let client = &mut self.clients[conn];
-                let packet = Packet { number: Some(client.sent), acknowledges: client.saw_target };
+                let packet = Packet { number: Some(client.sent), acknowledges: client.saw };
                 client.sent += 1;
                 self.client_sends(conn, packet);
             }
-            Move::HandlerSends { node, conn } => self.handler_sends(node, conn),
-            Move::Finish { node, conn } => {
+            Move::HandlerSends { at, conn } => self.handler_sends(at, conn),
+            Move::Finish { at, conn } => {
                 self.clients[conn].finished = true;
-                self.ends(node, conn);
+                self.ends(at, conn);
             }
             Move::Break { channel, end, lost } => {
                 self.broken = true;

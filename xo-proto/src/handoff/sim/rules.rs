@@ -24,6 +24,10 @@ pub struct Rules {
     pub closed: Duration,
     /// How long a target that serves, but whose daemon is away, is waited for.
     pub restart: Duration,
+    /// How long a machine sends packets on after the home redirects them past it.
+    pub linger: Duration,
+    /// How long a packet may be under way from one machine to the next.
+    pub flight: Duration,
     /// Pause before a lost channel is dialled again.
     pub redial: Duration,
     /// Most `QUERY`s about one hand-off.
@@ -78,6 +82,20 @@ pub enum Flaw {
     ForgetsHeld,
     /// The target forgets the rewrite of what it discards.
     LeavesRewrite,
+    /// A new place tells the home before it has the connection.
+    TellsTooEarly,
+    /// The home does not say that it redirects a connection to its new place.
+    NeverAcknowledgesMoves,
+    /// The home takes an older move for a newer one.
+    FollowsOldMoves,
+    /// A machine that a connection has left does not note that.
+    ForgetsThatItLeft,
+    /// A machine whose detour was given up is not told when it asks.
+    GivesDetoursUp,
+    /// The home notes that a connection is back before it has removed its redirect.
+    NotesHomeFirst,
+    /// A machine answers a question about a later visit of a connection by what it knows of an earlier one.
+    AnswersOfOldVisits,
 }
 
 /// How a handler takes connections.
@@ -108,6 +126,12 @@ pub struct Setup {
     pub asks: u8,
     /// How much a client sends in the middle of it all.
     pub packets: u8,
+    /// Connections move on from targets, to other targets and home.
+    pub guests: bool,
+    /// Packets of clients take their time from machine to machine.
+    pub slow_packets: bool,
+    /// Daemons that can connect do, and greet and probe each other in no time: so much less can happen meanwhile.
+    pub swift: bool,
     /// How often something may go wrong.
     pub faults: u8,
 }
@@ -124,6 +148,8 @@ impl Rules {
             ready: Duration::from_secs(2),
             closed: Duration::from_secs(60),
             restart: Duration::from_secs(5),
+            linger: Duration::from_secs(1),
+            flight: Duration::from_millis(300),
             redial: Duration::from_millis(100),
             questions: 5,
             kernel_fence: false,

@@ -26,8 +26,20 @@ fn small(early: bool, faults: u8) -> Setup {
         conns_per_host: 1,
         asks: 1,
         packets: 0,
+        guests: false,
+        slow_packets: false,
+        swift: false,
         faults,
     }
+}
+
+/// One connection that is at the first of two targets, and moves on. Time is coarser, for there is more of everything else.
+fn onward(early: bool, faults: u8) -> Setup {
+    let tick = Duration::from_millis(100);
+    let ready = tick * 8;
+    let rules =
+        Rules { restart: tick * 7, late: tick, flight: tick, linger: tick * 3, ready, ..Rules::real(tick) };
+    Setup { rules, targets: 2, guests: true, swift: true, ..small(early, faults) }
 }
 
 /// What happened, a move a line; the same again and again is one line.

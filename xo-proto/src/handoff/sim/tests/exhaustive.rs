@@ -12,7 +12,8 @@ fn faults() -> u8 {
 
 fn nothing_goes_wrong(what: &str, setup: Setup) {
     let begun = Instant::now();
-    let outcome = explore(World::new(setup), None);
+    let world = if setup.guests { World::offloaded(setup) } else { World::new(setup) };
+    let outcome = explore(world, None);
     let (states, quiet, took) = (outcome.states, outcome.quiet, begun.elapsed());
     println!("{what}, {} faults: {states} states, {quiet} of them quiet, {took:.1?}", setup.faults);
     if let Some((violation, moves)) = outcome.found {
@@ -42,4 +43,17 @@ fn fenced_by_the_kernel() {
     let mut setup = small(true, faults() - 1);
     setup.rules.kernel_fence = true;
     nothing_goes_wrong("early, fenced by the kernel", setup);
+}
+
+/// From the first target to the second or home, each in both orders.
+#[test]
+fn onward_strict() {
+    nothing_goes_wrong("onward, strict", onward(false, faults() - 1));
+}
+
+#[test]
+fn onward_early() {
+    nothing_goes_wrong("onward, early", onward(true, faults() - 1));
+    let slow_packets = Setup { packets: 1, slow_packets: true, ..onward(true, 0) };
+    nothing_goes_wrong("onward, with packets", slow_packets);
 }

@@ -1,6 +1,6 @@
 //! Breadth first through everything that can happen.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 
 use super::*;
@@ -16,14 +16,19 @@ pub(super) struct Outcome {
     pub(super) found: Option<(Violation, Vec<Move>)>,
 }
 
-/// Goes through all states that can be reached, until something is wrong; only in this way, if one is named.
+/// Goes through all states that can be reached, until something is wrong; only in this way, if one is named. Where
+/// connections move on, also: whatever has happened, it can come to rest without anything else going wrong.
 pub(super) fn explore(world: World, wanted: Option<Violation>) -> Outcome {
     let counts = |found: Violation| wanted.is_none_or(|wanted| wanted == found);
     let hasher = BuildHasherDefault::<Quick>::default();
-    let mut seen = HashSet::<u64, BuildHasherDefault<Quick>>::from_iter([hasher.hash_one(&world)]);
-    // Where each state came from.
+    let guests = world.setup.guests;
+    let first = hasher.hash_one(&world);
+    let mut seen = HashMap::<u64, u32, BuildHasherDefault<Quick>>::from_iter([(first, 0)]);
+    // Where each state came from, and which follow by themselves.
     let mut ways: Vec<(usize, Move)> = vec![(0, Move::Tick)];
-    let mut next = VecDeque::from([(0, hasher.hash_one(&world), world)]);
+    let mut follows: Vec<(u32, u32)> = Vec::new();
+    let mut at_rest: Vec<u32> = Vec::new();
+    let mut next = VecDeque::from([(0, first, world)]);
     let mut quiet = 0;
     while let Some((from, own, world)) = next.pop_front() {
         let mut is_quiet = true;
@@ -31,22 +36,29 @@ pub(super) fn explore(world: World, wanted: Option<Violation>) -> Outcome {
             let mut after = world.clone();
             after.step(what);
             let hash = hasher.hash_one(&after);
-            is_quiet &= hash == own || !matches!(what.class(), Class::Time | Class::Due);
-            if !seen.insert(hash) {
+            let by_itself = matches!(what.class(), Class::Time | Class::Due);
+            is_quiet &= hash == own || !by_itself;
+            let new = ways.len() as u32;
+            let at = *seen.entry(hash).or_insert(new);
+            if guests && by_itself {
+                follows.push((at, from as u32));
+            }
+            if at != new {
                 continue;
             }
             ways.push((from, what));
-            let at = ways.len() - 1;
             match after.violation() {
-                None => next.push_back((at, hash, after)),
+                None => next.push_back((at as usize, hash, after)),
                 Some(found) if counts(found) => {
-                    return Outcome { states: seen.len(), quiet, found: Some((found, way(&ways, at))) };
+                    let way = way(&ways, at as usize);
+                    return Outcome { states: seen.len(), quiet, found: Some((found, way)) };
                 }
-                Some(_) => {}
+                Some(_) => at_rest.push(at),
             }
         }
         if is_quiet {
             quiet += 1;
+            at_rest.push(from as u32);
             let mut last = world;
             last.check_quiet();
             if let Some(found) = last.violation().filter(|&found| counts(found)) {
@@ -54,7 +66,25 @@ pub(super) fn explore(world: World, wanted: Option<Violation>) -> Outcome {
             }
         }
     }
-    Outcome { states: seen.len(), quiet, found: None }
+    let endless = if guests { endless(ways.len(), follows, at_rest) } else { None };
+    let found = endless.filter(|_| counts(NEVER_ENDS)).map(|at| (NEVER_ENDS, way(&ways, at)));
+    Outcome { states: seen.len(), quiet, found }
+}
+
+/// The first state from which nothing leads to rest.
+fn endless(states: usize, mut follows: Vec<(u32, u32)>, at_rest: Vec<u32>) -> Option<usize> {
+    follows.sort_unstable();
+    follows.dedup();
+    let mut ends = vec![false; states];
+    let mut next = at_rest;
+    while let Some(at) = next.pop() {
+        if std::mem::replace(&mut ends[at as usize], true) {
+            continue;
+        }
+        let start = follows.partition_point(|(to, _)| *to < at);
+        next.extend(follows[start..].iter().take_while(|(to, _)| *to == at).map(|(_, from)| *from));
+    }
+    ends.iter().position(|ends| !ends)
 }
 
 /// The moves that led to a state.

@@ -8,7 +8,8 @@ use super::*;
 
 /// The shortest way to go wrong.
 fn finds(setup: Setup, expected: Violation) {
-    let outcome = explore(World::new(setup), Some(expected));
+    let world = if setup.guests { World::offloaded(setup) } else { World::new(setup) };
+    let outcome = explore(world, Some(expected));
     let rules = setup.rules;
     let (violation, moves) =
         outcome.found.unwrap_or_else(|| panic!("not {expected} in {} states: {rules:?}", outcome.states));
@@ -77,7 +78,7 @@ fn samples_by_channel() {
         let mut run = |moves: &[Move]| moves.iter().for_each(|m| world.step(*m));
         let to_target = Move::Deliver { channel: 0, end: 1 };
         let to_host = Move::Deliver { channel: 0, end: 0 };
-        run(&[Move::Ask { conn: 0, target: 1 }, to_target]);
+        run(&[Move::Ask { conn: 0, from: (0, Port::Public), target: 1 }, to_target]);
         run(&[Move::Break { channel: 0, end: 0, lost: false }, to_target, Move::Tick, Move::Tick]);
         run(&[Move::Dial { from: 0, to: 1 }, to_target, to_host]);
         run(&[Move::Stall { channel: 0, end: 1 }, Move::Stall { channel: 0, end: 0 }]);
@@ -93,4 +94,24 @@ fn samples_by_channel() {
 fn known_gaps() {
     finds(with(true, 1, |r| r.gap = Some(Gap::DiesUnconfirmed)), "two live ends");
     finds(with(false, 1, |r| r.gap = Some(Gap::SlowHandler)), "nowhere, and the client does not know");
+}
+
+/// What can be done wrongly where connections move on.
+#[test]
+fn flawed_moves() {
+    let onward = |faults, flaw| {
+        let mut setup = onward(true, faults);
+        setup.rules.flaw = Some(flaw);
+        setup
+    };
+    let packets = |setup| Setup { packets: 1, slow_packets: true, ..setup };
+    finds(onward(0, Flaw::NeverAcknowledgesMoves), NEVER_ENDS);
+    for flaw in [Flaw::TellsTooEarly, Flaw::NotesHomeFirst, Flaw::GivesDetoursUp] {
+        let outcome = explore(World::offloaded(onward(1, flaw)), None);
+        let (violation, moves) = outcome.found.unwrap_or_else(|| panic!("{flaw:?} is not found"));
+        println!("{flaw:?}: {violation} after {} states:\n{}", outcome.states, trace(&moves));
+    }
+    let mut hasty = packets(super::onward(true, 0));
+    hasty.rules.linger = hasty.rules.flight;
+    finds(hasty, "a packet meets a machine without the socket");
 }

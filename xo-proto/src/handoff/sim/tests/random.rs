@@ -24,16 +24,20 @@ fn config() -> (Config, u64) {
 }
 
 fn large() -> impl Strategy<Value = Setup> {
-    (any::<bool>(), any::<bool>(), 1..=2_usize, 1..=2_usize, 1..=3_usize, 0..=8_u8).prop_map(
-        |(early, exec, hosts, targets, conns_per_host, faults)| Setup {
+    let kinds = (any::<bool>(), any::<bool>(), any::<bool>());
+    (kinds, 1..=2_usize, 1..=2_usize, 1..=3_usize, 0..=8_u8).prop_map(
+        |((early, exec, guests), hosts, targets, conns_per_host, faults)| Setup {
             rules: Rules { late: Duration::from_millis(20), ..Rules::real(Duration::from_millis(10)) },
             early,
             handler: if exec { HandlerMode::Exec } else { HandlerMode::Attach },
             hosts,
             targets,
             conns_per_host,
-            asks: 3,
+            asks: if guests { 6 } else { 3 },
             packets: 4,
+            guests,
+            slow_packets: guests,
+            swift: false,
             faults,
         },
     )
