@@ -30,6 +30,8 @@ pub(crate) struct Acceptor {
     serial: u64,
     address: SocketAddr,
     v6only: bool,
+    /// It can serve connections that come with TLS.
+    tls: bool,
     /// How it is given connections; `None`: woken by a loopback connection.
     channel: Option<Channel>,
 }
@@ -142,6 +144,7 @@ impl Engine {
         index: usize,
         socket: &OwnedFd,
         channel: Option<Channel>,
+        tls: bool,
     ) -> Result<(), String> {
         let (address, v6only) = listening(socket).map_err(|e| format!("not a listening socket: {e}"))?;
         let Some(library) = self.libraries.get(index) else { return Ok(()) };
@@ -157,7 +160,7 @@ impl Engine {
         }
         let Some(library) = self.libraries.get(index) else { return Ok(()) };
         let fd = channel.as_ref().map(|c| c.ours.as_raw_fd());
-        let acceptor = Acceptor { library: index, serial: library.serial, address, v6only, channel };
+        let acceptor = Acceptor { library: index, serial: library.serial, address, v6only, tls, channel };
         let number = self.acceptors.insert(acceptor);
         if let Some(fd) = fd
             && let Err(e) = self.watch_acceptor(number, fd)
@@ -172,14 +175,27 @@ impl Engine {
         Ok(())
     }
 
-    /// The next process in turn that can accept a connection of this client on this port: its number and
-    /// the address it listens on.
-    pub(crate) fn pick_acceptor(&mut self, port: u16, client: SocketAddr) -> Option<(usize, SocketAddr)> {
+    /// The next process in turn that can accept a connection of this client on this port, with TLS (and come home with it) or
+    /// without: its number and the address it listens on.
+    pub(crate) fn pick_acceptor(
+        &mut self,
+        port: u16,
+        client: SocketAddr,
+        tls: [bool; 2],
+    ) -> Option<(usize, SocketAddr)> {
+        // A server with TLS of its own begins with a handshake, which its library must have taken part in before.
+        let answers = |a: &Acceptor| {
+            let slots = self.libraries.get(a.library).and_then(|l| l.slots.as_ref());
+            slots.is_some_and(|slots| slots.answers_for_tls())
+        };
+        let [comes_with, comes_home] = tls;
+        let can = |a: &Acceptor| (a.tls || !comes_with) && (!comes_home || answers(a));
         let native = |a: &Acceptor| a.address.is_ipv4() == client.is_ipv4();
         let dual = |a: &Acceptor| a.address.is_ipv6() && !a.v6only && client.is_ipv4();
         let turn = self.next_acceptor;
         let next = |fits: &dyn Fn(&Acceptor) -> bool| {
-            let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a));
+            let mut all =
+                self.acceptors.iter().filter(|(_, a)| a.address.port() == port && fits(a) && can(a));
             let first = all.clone().next();
             all.find(|(i, _)| *i >= turn).or(first).map(|(i, a)| (i, a.address))
         };
@@ -193,6 +209,12 @@ impl Engine {
         self.acceptors.iter().filter(|(_, a)| a.address.port() == port).count() as u64
     }
 
+    /// How those on a port serve connections that come with TLS.
+    pub(crate) fn tls_on(&self, port: u16) -> &'static str {
+        let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port);
+        if all.any(|(_, a)| a.tls) { "library" } else { "no" }
+    }
+
     /// Gives a live connection to the process it was restored for, or to another that listens there.
     pub(crate) fn attach(
         &mut self,
@@ -202,9 +224,11 @@ impl Engine {
         client: SocketAddr,
         socket: OwnedFd,
     ) -> io::Result<()> {
+        let served = self.served.get(key);
+        let tls = served.map_or([false; 2], |s| [s.tls.is_some(), s.tls.is_some() && s.origin.here]);
         let still = picked.filter(|n| self.acceptors.get(*n).is_some_and(|a| a.address.port() == port));
         let number = still
-            .or_else(|| self.pick_acceptor(port, client).map(|(number, _)| number))
+            .or_else(|| self.pick_acceptor(port, client, tls).map(|(number, _)| number))
             .ok_or_else(|| io::Error::other(format!("no process listens on port {port} any more")))?;
         let acceptor = &mut self.acceptors[number];
         let Some(channel) = &mut acceptor.channel else {

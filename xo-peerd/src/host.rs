@@ -65,6 +65,8 @@ pub(crate) struct HostFlow {
     handler: String,
     /// Its TLS, if it has any.
     tls: Option<TlsState>,
+    /// How much of the record that its receive queue begins with its server has read, bytes.
+    used: usize,
     /// For a guest that moves on or goes home: what it is here, and whose.
     pub(crate) guest: Option<(ServedKey, Home)>,
     /// The address that the client talks to, in its home.
@@ -107,6 +109,7 @@ impl HostFlow {
             address,
             handler: String::new(),
             tls: None,
+            used: 0,
             guest: None,
             public: ends.local,
             moves: 0,
@@ -168,6 +171,7 @@ impl Engine {
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
         flow.handler = offload.handler;
         flow.tls = offload.tls;
+        flow.used = offload.used as usize;
         flow.moves = offload.moves.saturating_add(1);
         flow.socket = Some(socket);
         flow.verdict = Some((slots, offload.slot, offload.generation));

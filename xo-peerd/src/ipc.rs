@@ -131,11 +131,13 @@ impl Engine {
                 self.on_recover(index, slot, generation, fd);
                 Ok(())
             }
-            (ToDaemon::Register { epoll: true }, [Some(listener), Some(ours), Some(theirs)]) if greeted => {
-                self.register(index, &listener, Some(Channel::new(ours, theirs)))
+            (ToDaemon::Register { epoll: true, tls }, [Some(listener), Some(ours), Some(theirs)])
+                if greeted =>
+            {
+                self.register(index, &listener, Some(Channel::new(ours, theirs)), tls)
             }
-            (ToDaemon::Register { epoll: false }, [Some(listener), None, None]) if greeted => {
-                self.register(index, &listener, None)
+            (ToDaemon::Register { epoll: false, tls }, [Some(listener), None, None]) if greeted => {
+                self.register(index, &listener, None, tls)
             }
             (ToDaemon::Take { wake_port }, [None, ..]) if greeted => self.take(index, wake_port),
             (message, _) => Err(format!("unexpected message {message:?}")),

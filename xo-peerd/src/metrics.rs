@@ -102,6 +102,8 @@ pub(crate) struct Live {
     pub(crate) handlers: Vec<(String, u64)>,
     /// Listening sockets of processes that take connections, by `attach` handler.
     pub(crate) acceptors: Vec<(String, u64)>,
+    /// How each handler serves connections that come with TLS.
+    pub(crate) tls: Vec<(String, &'static str)>,
     /// Pools of workers.
     pub(crate) pools: Vec<PoolView>,
     /// Machines that connections may go to.
@@ -227,6 +229,7 @@ impl Metrics {
             "library": object(&live.library),
             "handlers": object(&live.handlers),
             "acceptors": object(&live.acceptors),
+            "tls": live.tls.iter().map(|(name, how)| (name.clone(), json!(how))).collect::<Map<_, _>>(),
             "pools": live.pools.iter().map(|p| (p.handler.clone(), pool_json(p))).collect::<Map<_, _>>(),
             "peers": peers,
             "targets": live.targets.iter().map(target_json).collect::<Vec<_>>(),

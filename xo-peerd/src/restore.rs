@@ -16,8 +16,6 @@ use crate::engine::{Engine, ServedKey};
 use crate::exec::Reserve;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
-/// Whether the library in a target's server has a record layer of its own for a connection that comes with TLS.
-const SERVES_TLS: bool = false;
 /// Ports tried for the end of a detour.
 const PORTS: std::ops::Range<u16> = 32_768..61_000;
 /// Sockets, or ports, tried before giving up.
@@ -77,9 +75,6 @@ impl Engine {
             return Err(Reason::TlsState);
         }
         served.tls = Some(tls.clone());
-        if !SERVES_TLS {
-            return Err(Reason::TlsUnsupported);
-        }
         Ok(())
     }
 
@@ -103,14 +98,22 @@ impl Engine {
                 (Reason::NoHandler, text)
             })?
         };
-        let here = origin.here;
+        let (here, tls) = (origin.here, begin.record.tls.is_some());
+        let no_tls = |text: String| (Reason::TlsUnsupported, text);
         let (bind, listener, acceptor) = match &mode {
             HandlerMode::Attach { port } => {
-                let (number, listener) = self.pick_acceptor(*port, client).ok_or_else(|| {
-                    (Reason::NoHandler, format!("no process under the library listens on port {port}"))
-                })?;
+                let (number, listener) =
+                    self.pick_acceptor(*port, client, [tls, tls && here]).ok_or_else(|| {
+                        if tls {
+                            return no_tls(format!("no process with a record layer listens on port {port}"));
+                        }
+                        (Reason::NoHandler, format!("no process under the library listens on port {port}"))
+                    })?;
                 let ip = specific(listener.ip(), client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
+            }
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } if tls => {
+                return Err(no_tls("a program of its own has no record layer".into()));
             }
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => {
                 self.keep_room(key, &mode)?;

@@ -62,7 +62,8 @@ pub(crate) fn table(status: &Value) -> String {
     for (name, n) in status["handlers"].as_object().into_iter().flatten() {
         let acceptors =
             status["acceptors"].get(name).map_or_else(String::new, |a| format!(", {a} listening sockets"));
-        line("handler", format!("{name}: {n} connections{acceptors}"));
+        let tls = text(&status["tls"][name.as_str()]);
+        line("handler", format!("{name}: {n} connections{acceptors}, tls: {tls}"));
     }
     for (name, pool) in status["pools"].as_object().into_iter().flatten() {
         for w in pool["workers"].as_array().into_iter().flatten() {

@@ -40,6 +40,7 @@ impl Engine {
             peers: self.peer_views(),
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
+            tls: self.tls_views(),
             pools: self.pools.views(),
             targets: self.target_views(),
             policy: self.policy_view(),
@@ -118,5 +119,13 @@ impl Engine {
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => None,
         };
         self.config.handlers.iter().filter_map(attached).collect()
+    }
+
+    fn tls_views(&self) -> Vec<(String, &'static str)> {
+        let how = |h: &Handler| match h.mode {
+            HandlerMode::Attach { port } => self.tls_on(port),
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => "no",
+        };
+        self.config.handlers.iter().map(|h| (h.name.clone(), how(h))).collect()
     }
 }

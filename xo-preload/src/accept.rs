@@ -178,9 +178,11 @@ fn hand_out(
     let fd = socket.as_raw_fd();
     let v6_listener = raw::local_address(listener).is_ok_and(|(_, v6)| v6);
     let _ = raw::set_nonblocking(fd, flags & libc::SOCK_NONBLOCK != 0);
-    let _ = raw::set_cloexec(fd, flags & libc::SOCK_CLOEXEC != 0);
+    // Another program would read and write the records of one with TLS.
+    let cloexec = flags & libc::SOCK_CLOEXEC != 0 || deliver.tls.is_some();
+    let _ = raw::set_cloexec(fd, cloexec);
     // The lowest free number, as accept gives: servers size tables by it, and select() is limited by it.
-    let low = raw::duplicate_low(fd, flags & libc::SOCK_CLOEXEC != 0).unwrap_or(socket);
+    let low = raw::duplicate_low(fd, cloexec).unwrap_or(socket);
     let fd = low.into_raw();
     if !address.is_null() && !len.is_null() {
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
@@ -188,6 +190,13 @@ fn hand_out(
     }
     if conn::track(fd, Some(deliver), flags & libc::SOCK_NONBLOCK != 0, protocol(listener)).is_none() {
         daemon::count(Reason::SlotsFull as usize);
+        if deliver.tls.is_some() {
+            // To the server it would be bytes without sense. It has come and gone.
+            daemon::closed_delivery(deliver.delivery, daemon::epoch());
+            raw::close(fd);
+            crate::io::set_errno(libc::ECONNABORTED);
+            return -1;
+        }
     }
     daemon::count(Counter::Delivered as usize);
     fd

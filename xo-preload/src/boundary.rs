@@ -16,7 +16,7 @@ use xo_sys::{raw, tcp_repair};
 
 use crate::choose::{self, Chosen};
 use crate::conn::{Conn, Kind, ReadHalf};
-use crate::{daemon, init, policy, poll, redis, tls};
+use crate::{daemon, init, io, policy, poll, redis, tls};
 
 /// Most HTTP heads are shorter: looked at on the stack.
 const SMALL: usize = 4096;
@@ -130,17 +130,17 @@ fn look_into<const SIZE: usize>(
             None => (small.as_mut_ptr().cast(), SIZE),
         };
         // What is held back is there already; SO_RCVLOWAT would make the kernel wait for more.
-        let flags = if nonblocking || end.is_some() { libc::MSG_DONTWAIT } else { 0 };
+        let at_once = nonblocking || end.is_some();
         // SAFETY: ours, or the server's own arguments of a read.
-        let n = match unsafe { raw::peek_at(fd, at, size, flags) } {
-            Ok(n) => n.min(size),
-            Err(e) => return Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO)),
+        let n = match unsafe { io::peek_at(fd, conn, at, size, at_once) } {
+            Ok(n) => n,
+            Err(errno) => return Outcome::Error(errno),
         };
         if n == 0 {
             // The client has closed; the real call says so.
             return Outcome::Read { alone: true, there: 0 };
         }
-        // SAFETY: the kernel has just written these bytes, and no other thread is there to change a server's buffer.
+        // SAFETY: these bytes have just been written, and no other thread is there to change a server's buffer.
         let bytes = unsafe { std::slice::from_raw_parts(at, n) };
         let seen = match judge(fd, conn, index, half, bytes, n < size, nonblocking) {
             Seen::Cut if buffer.is_some() => {
@@ -178,7 +178,7 @@ fn look_into<const SIZE: usize>(
 /// As [`look`], for a head that does not fit on the stack.
 fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: bool) -> Seen {
     let mut large = vec![0; MAX_HEAD + 1];
-    match raw::peek(fd, &mut large, libc::MSG_DONTWAIT) {
+    match io::peek(fd, conn, &mut large, true) {
         Ok(n) => {
             let bytes = large.get(..n).unwrap_or_default();
             match judge(fd, conn, index, half, bytes, n <= MAX_HEAD, nonblocking) {
@@ -187,7 +187,7 @@ fn look_far(fd: i32, conn: &Conn, index: u32, half: &mut ReadHalf, nonblocking: 
                 seen => seen,
             }
         }
-        Err(e) => Seen::Outcome(Outcome::Error(e.raw_os_error().unwrap_or(libc::EIO))),
+        Err(errno) => Seen::Outcome(Outcome::Error(errno)),
     }
 }
 
@@ -215,6 +215,9 @@ fn judge(
 ) -> Seen {
     match half.tracker {
         Requests::Http(tracker) => {
+            if conn.layer().is_some_and(|l| l.has_ssl()) && answers_first(fd, conn, half, nonblocking) {
+                return Seen::HeldBack;
+            }
             let queue = Queue { length: bytes.len(), whole: all };
             judge_http(fd, conn, index, half, tracker, bytes, queue)
         }
@@ -231,6 +234,30 @@ pub(crate) struct Queue {
     pub(crate) length: usize,
     /// There is no more of what is judged.
     pub(crate) whole: bool,
+}
+
+/// Who reads by OpenSSL's functions reads until nothing is there, before he answers what he has: the next request waits for the
+/// answer, or it could not move.
+fn answers_first(fd: i32, conn: &Conn, half: &mut ReadHalf, nonblocking: bool) -> bool {
+    let in_progress = || conn.write().is_some_and(|w| w.responses.progress() == Progress::InProgress);
+    if !in_progress() {
+        if half.late || half.partial == 0 {
+            half.late = false;
+            release(fd, conn, half);
+        }
+        return false;
+    }
+    let now = raw::monotonic().as_nanos() as u64;
+    let deadline = conn.deadline.load(Ordering::Relaxed);
+    // One that blocks would wait for its own writing.
+    half.late |= !nonblocking || (deadline != 0 && now >= deadline);
+    if half.late || raw::tcp_state(fd).is_ok_and(|s| s != ESTABLISHED) {
+        return false;
+    }
+    conn.awaits_clean.store(true, Ordering::SeqCst);
+    poll::hold_back(fd, conn, 0, now + init::head_timeout_ns());
+    // Another thread may have written the last of it meanwhile.
+    in_progress()
 }
 
 /// The beginning of a request: more is needed.
@@ -378,15 +405,24 @@ pub(crate) fn ask(
     let decided_ns = raw::monotonic().as_nanos() as u64;
     conn.fd.store(fd, Ordering::Relaxed);
     conn.asked.store(true, Ordering::SeqCst);
-    // From here on whoever uses the connection waits for the verdict; who has come before has made it passive.
-    let still = || conn.kind() == Kind::Tracked;
-    let asked = daemon::offload(fd, index, still, |generation| Offload {
+    let layer = conn.layer();
+    // From here on whoever uses the connection waits for the verdict; who has come before has made it passive, or has sent its
+    // records before they are counted here.
+    let still = || {
+        let given = match &layer {
+            Some(layer) => layer.state(fd).map(|(tls, used)| (Some(tls), used)).ok_or(Reason::NotClean)?,
+            None => (tls, 0),
+        };
+        if conn.kind() == Kind::Tracked { Ok(given) } else { Err(Reason::Shared) }
+    };
+    let asked = daemon::offload(fd, index, still, |generation, (tls, used)| Offload {
         slot: index,
         generation,
         to: chosen.to.clone(),
         handler: chosen.handler.to_owned(),
         moves,
         tls,
+        used,
         decided_ns,
     });
     match asked {

@@ -6,14 +6,17 @@
 //! left alone from then on.
 
 use std::cell::UnsafeCell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use xo_proto::ipc::Deliver;
 use xo_proto::protocol::{Protocol, Requests, Responses};
 use xo_proto::reason::Reason;
-use xo_proto::slot::{GONE, SLOTS};
+use xo_proto::slot::{GONE, PENDING, SLOTS};
 use xo_sys::raw;
 
+use crate::layer::Layer;
+use crate::lock::Lock;
 use crate::mode::Mode;
 use crate::{alone, daemon, fdtable, tls};
 
@@ -65,6 +68,9 @@ pub(crate) struct Conn {
     /// Tells it from others that had the same entry.
     pub(crate) serial: AtomicU32,
     next_free: AtomicU32,
+    /// It has come with its TLS: what the server reads and writes goes through this.
+    layer: Lock<Option<Arc<Layer>>>,
+    has_layer: AtomicBool,
     read: UnsafeCell<Option<ReadHalf>>,
     write: UnsafeCell<Option<WriteHalf>>,
 }
@@ -145,12 +151,17 @@ pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
         .filter(|(_, c)| c.asked.load(Ordering::Acquire) && matches!(c.kind(), Kind::Tracked | Kind::Passive))
 }
 
-/// Starts to follow the connection behind a descriptor, accepted or delivered; `None` when the table is full.
+/// Starts to follow the connection behind a descriptor, accepted or delivered; `None` when the table is full, or its TLS
+/// cannot be gone on with.
 pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, protocol: Protocol) -> Option<()> {
     forget(fd);
     if !fdtable::has_room_for(fd) {
         return None;
     }
+    let layer = match deliver.and_then(|d| d.tls.as_ref()) {
+        Some(tls) => Some(Arc::new(Layer::new(tls)?)),
+        None => None,
+    };
     let index = take()?;
     let conn = get(index)?;
     conn.asked.store(false, Ordering::Relaxed);
@@ -167,6 +178,8 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, proto
     conn.given_by.store(daemon::epoch(), Ordering::Relaxed);
     conn.forks.store(alone::forks(), Ordering::Relaxed);
     conn.descriptors.store(1, Ordering::Relaxed);
+    conn.has_layer.store(layer.is_some(), Ordering::Relaxed);
+    *conn.layer.lock() = layer;
     conn.serial.fetch_add(1, Ordering::Relaxed);
     // SAFETY: the entry was free: nobody else refers to it. What the halves own is dropped when an entry is freed, so
     // overwriting without a drop loses nothing.
@@ -255,6 +268,28 @@ impl Conn {
         alone::is_alone(self.forks.load(Ordering::Relaxed))
     }
 
+    /// Does it have a record layer?
+    #[inline]
+    pub(crate) fn has_layer(&self) -> bool {
+        self.has_layer.load(Ordering::Acquire)
+    }
+
+    /// Its record layer.
+    #[inline]
+    pub(crate) fn layer(&self) -> Option<Arc<Layer>> {
+        if self.has_layer() { self.layer.lock().clone() } else { None }
+    }
+
+    /// Is this its last descriptor?
+    pub(crate) fn is_last_descriptor(&self) -> bool {
+        self.descriptors.load(Ordering::Acquire) == 1
+    }
+
+    /// May it be in another machine's hands, or about to be?
+    pub(crate) fn may_be_elsewhere(&self, index: u32) -> bool {
+        self.asked.load(Ordering::SeqCst) && matches!(self.slot_state(index), PENDING | GONE)
+    }
+
     /// Claims the reading half.
     pub(crate) fn read(&self) -> Option<Claim<'_, ReadHalf>> {
         Claim::new(&self.reading, &self.read)
@@ -278,6 +313,9 @@ impl Conn {
             daemon::clear_slot(index);
         }
         self.kind.store(Kind::Free as u8, Ordering::Release);
+        // Its secrets go with the last thread that uses it.
+        self.has_layer.store(false, Ordering::Release);
+        drop(self.layer.lock().take());
         if let Some(mut half) = self.write() {
             *half = WriteHalf::default();
         }

@@ -20,7 +20,7 @@ use xo_sys::slots::SlotTable;
 use xo_sys::{fdpass, tcp_repair};
 use zeroize::Zeroize;
 
-use crate::{alone, conn, poll, register};
+use crate::{alone, conn, lifecycle, poll, register};
 
 /// How long the daemon may take to answer a hello or a take; the server waits meanwhile.
 const PATIENCE: libc::timeval = libc::timeval { tv_sec: 0, tv_usec: 200_000 };
@@ -42,6 +42,8 @@ static BOARD: AtomicPtr<Board> = AtomicPtr::new(std::ptr::null_mut());
 /// This machine's number on the board.
 static NODE_ID: AtomicU64 = AtomicU64::new(0);
 static EPOCH: AtomicU32 = AtomicU32::new(0);
+/// See [`set_answers_for_tls`].
+static ANSWERS: AtomicBool = AtomicBool::new(false);
 static OPENING: AtomicBool = AtomicBool::new(false);
 static NOT_BEFORE: AtomicU64 = AtomicU64::new(0);
 /// When the daemon went away, ns.
@@ -196,6 +198,9 @@ fn connect() -> bool {
             let _ = TICKET.set(Box::new(ticket));
             BOARD.store(Box::into_raw(Box::new(board)), Ordering::Release);
             table.set_followed(conn::followed());
+            if ANSWERS.load(Ordering::Relaxed) {
+                table.set_answers_for_tls();
+            }
             conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
@@ -274,12 +279,12 @@ pub(crate) fn lost() {
 }
 
 /// Asks for a hand-off; the verdict comes in the slot. A reason when it could not be asked, or when the connection
-/// is not `still` what it was now that the slot is pending.
-pub(crate) fn offload(
+/// is not `still` what it was now that the slot is pending; what that gives is for the request.
+pub(crate) fn offload<T>(
     fd: RawFd,
     slot: u32,
-    still: impl FnOnce() -> bool,
-    request: impl FnOnce(u32) -> Offload,
+    still: impl FnOnce() -> Result<T, Reason>,
+    request: impl FnOnce(u32, T) -> Offload,
 ) -> Result<(), Reason> {
     if !open() {
         return Err(Reason::NoDaemon);
@@ -287,19 +292,17 @@ pub(crate) fn offload(
     let Some(slots) = slots() else { return Err(Reason::NoDaemon) };
     let generation = slots.begin(slot);
     fence(Ordering::SeqCst);
-    if !still() {
-        slots.clear(slot);
-        return Err(Reason::Shared);
-    }
-    let message = ToDaemon::Offload(request(generation));
+    let given = still().inspect_err(|_| slots.clear(slot))?;
+    let message = ToDaemon::Offload(request(generation, given));
     let mut buffer = [0; MAX_LOCAL_MESSAGE];
     let Ok(n) = encode_local(&message, &mut buffer) else {
         slots.clear(slot);
         return Err(Reason::NoTarget);
     };
-    let sent = fdpass::send(self::fd(), buffer.get(..n).unwrap_or_default(), &[fd], libc::MSG_DONTWAIT);
+    let bytes = buffer.get_mut(..n).unwrap_or_default();
+    let sent = fdpass::send(self::fd(), bytes, &[fd], libc::MSG_DONTWAIT);
     if message.has_secrets() {
-        buffer.zeroize();
+        bytes.zeroize();
     }
     match sent {
         Ok(()) => {
@@ -354,6 +357,15 @@ pub(crate) fn set_followed(n: u32) {
     }
 }
 
+/// Tells the daemon that this process can go on with a connection that comes home with its TLS.
+pub(crate) fn set_answers_for_tls() {
+    if !ANSWERS.swap(true, Ordering::AcqRel)
+        && let Some(slots) = slots()
+    {
+        slots.set_answers_for_tls();
+    }
+}
+
 /// Adds one to a counter.
 pub(crate) fn count(counter: usize) {
     if let Some(slots) = slots() {
@@ -390,7 +402,8 @@ pub(crate) fn register(descriptors: &[RawFd], epoll: bool) -> bool {
     if !is_open() {
         return false;
     }
-    let sent = send_on(fd(), &ToDaemon::Register { epoll }, descriptors, 0);
+    let tls = !lifecycle::has_ring();
+    let sent = send_on(fd(), &ToDaemon::Register { epoll, tls }, descriptors, 0);
     if !sent {
         check();
     }
@@ -425,13 +438,23 @@ pub(crate) fn receive_delivery(channel: RawFd) -> Delivery {
     }
     match fdpass::recv(channel, &mut buffer, libc::MSG_DONTWAIT) {
         Ok((0, _)) => Delivery::End,
-        Ok((n, [fd, ..])) => match (decode_local(buffer.get(..n).unwrap_or_default()), fd) {
-            (Ok(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
+        Ok((n, [fd, ..])) => match (decoded(&mut buffer, n), fd) {
+            (Some(FromDaemon::Deliver(deliver)), Some(fd)) => Delivery::One(deliver, fd),
             _ => Delivery::Nothing,
         },
         Err(e) if e.kind() == ErrorKind::WouldBlock => Delivery::Nothing,
         Err(_) => Delivery::End,
     }
+}
+
+/// The message in the first `n` bytes, which are overwritten if it has secrets.
+fn decoded(buffer: &mut [u8], n: usize) -> Option<FromDaemon> {
+    let bytes = buffer.get_mut(..n).unwrap_or_default();
+    let message: FromDaemon = decode_local(bytes).ok()?;
+    if message.has_secrets() {
+        bytes.zeroize();
+    }
+    Some(message)
 }
 
 /// Asks for the restored connection that a wake-up stands for.
@@ -458,10 +481,7 @@ fn receive_on(fd: RawFd, flags: i32) -> Option<(FromDaemon, fdpass::Received)> {
             lost();
             None
         }
-        Ok((n, passed)) => {
-            let message = decode_local(buffer.get(..n).unwrap_or_default()).ok()?;
-            Some((message, passed))
-        }
+        Ok((n, passed)) => Some((decoded(&mut buffer, n)?, passed)),
         Err(_) => None,
     }
 }

@@ -89,11 +89,13 @@ unsafe fn selected<'a>(count: c_int, set: *const fd_set) -> impl Iterator<Item =
     (0..end).filter(move |fd| unsafe { libc::FD_ISSET(*fd, set) })
 }
 
-/// Leaves alone the connections whose descriptors the message carries: another process may use them, too.
+/// Leaves alone the connections whose descriptors the message carries: another process may use them, too. `true` when one
+/// of them has a record layer here, without which it is of no use.
 ///
 /// # Safety
 /// Null or a valid message.
-unsafe fn passing(message: *const msghdr) {
+unsafe fn passing(message: *const msghdr) -> bool {
+    let mut layered = false;
     // SAFETY: the caller's promise; the CMSG functions check the length of the control data, and SCM_RIGHTS data is
     // descriptors.
     unsafe {
@@ -103,12 +105,27 @@ unsafe fn passing(message: *const msghdr) {
             if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
                 let length = header.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as size_t);
                 let passed = libc::CMSG_DATA(header).cast::<c_int>();
-                (0..length / size_of::<c_int>())
-                    .for_each(|i| abandon(passed.add(i).read_unaligned(), Reason::Shared));
+                (0..length / size_of::<c_int>()).for_each(|i| {
+                    let fd = passed.add(i).read_unaligned();
+                    layered |= has_layer(fd);
+                    abandon(fd, Reason::Shared);
+                });
             }
             next = libc::CMSG_NXTHDR(message, header);
         }
     }
+    layered
+}
+
+/// Has what is behind this descriptor a record layer?
+fn has_layer(fd: c_int) -> bool {
+    io::followed(fd).is_some_and(|(_, conn)| conn.has_layer())
+}
+
+/// A connection with a record layer cannot be passed to another process.
+fn refused() -> ssize_t {
+    io::set_errno(libc::EBADF);
+    -1
 }
 
 fn abandon(fd: c_int, reason: Reason) {
@@ -174,9 +191,15 @@ hooks! {
                 address_len: *mut socklen_t) -> ssize_t {
         match io::followed(fd) {
             None => unsafe { real()(fd, buffer, len, flags, address, address_len) },
-            Some((index, conn)) => io::read(fd, index, conn, &piece(buffer, len), flags, |p| unsafe {
-                real()(fd, buffer, first_len(p), flags, address, address_len)
-            }),
+            Some((index, conn)) => {
+                if conn.has_layer() && let Some(len) = unsafe { address_len.as_mut() } {
+                    // As TCP has it.
+                    *len = 0;
+                }
+                io::read(fd, index, conn, &piece(buffer, len), flags, |p| unsafe {
+                    real()(fd, buffer, first_len(p), flags, address, address_len)
+                })
+            }
         }
     }
 
@@ -192,6 +215,11 @@ hooks! {
                 });
                 message.msg_iov = base;
                 message.msg_iovlen = count;
+                if conn.has_layer() && flags & libc::MSG_ERRQUEUE == 0 && result >= 0 {
+                    message.msg_namelen = 0;
+                    message.msg_controllen = 0;
+                    message.msg_flags = 0;
+                }
                 result
             }
             _ => unsafe { real()(fd, message, flags) },
@@ -200,6 +228,12 @@ hooks! {
 
     fn recvmmsg(fd: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int, timeout: *mut timespec) -> c_int {
         // Several messages of a stream at once: nobody does it; not worth following.
+        if has_layer(fd) {
+            let Some(first) = (unsafe { messages.as_mut() }).filter(|_| count > 0) else { return 0 };
+            let n = unsafe { recvmsg::hooked(fd, &raw mut first.msg_hdr, flags & !libc::MSG_WAITFORONE) };
+            first.msg_len = c_uint::try_from(n).unwrap_or(0);
+            return if n < 0 { -1 } else { 1 };
+        }
         abandon(fd, Reason::Shared);
         unsafe { real()(fd, messages, count, flags, timeout) }
     }
@@ -241,7 +275,9 @@ hooks! {
     }
 
     fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_t {
-        unsafe { passing(message) };
+        if unsafe { passing(message) } {
+            return refused();
+        }
         let call = || unsafe { real()(fd, message, flags) };
         match (io::followed(fd), unsafe { message.as_ref() }) {
             (Some((index, conn)), Some(message)) => {
@@ -253,9 +289,18 @@ hooks! {
     }
 
     fn sendmmsg(fd: c_int, messages: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int {
+        let all = 0..if messages.is_null() { 0 } else { count as usize };
+        if has_layer(fd) {
+            let Some(first) = (unsafe { messages.as_mut() }).filter(|_| count > 0) else { return 0 };
+            let n = unsafe { sendmsg::hooked(fd, &raw const first.msg_hdr, flags) };
+            first.msg_len = c_uint::try_from(n).unwrap_or(0);
+            return if n < 0 { -1 } else { 1 };
+        }
         abandon(fd, Reason::Shared);
-        for i in 0..if messages.is_null() { 0 } else { count as usize } {
-            unsafe { passing(&raw const (*messages.add(i)).msg_hdr) };
+        for i in all {
+            if unsafe { passing(&raw const (*messages.add(i)).msg_hdr) } {
+                return refused() as c_int;
+            }
         }
         unsafe { real()(fd, messages, count, flags) }
     }
@@ -264,7 +309,9 @@ hooks! {
         let call = || unsafe { real()(to, from, offset, count) };
         match io::followed(to) {
             None => call(),
-            Some((index, conn)) => io::write_unseen(to, index, conn, call),
+            Some((index, conn)) => {
+                io::send_file(to, index, conn, (from, unsafe { offset.as_mut() }, count), call)
+            }
         }
     }
 
@@ -272,7 +319,9 @@ hooks! {
         let call = || unsafe { real()(to, from, offset, count) };
         match io::followed(to) {
             None => call(),
-            Some((index, conn)) => io::write_unseen(to, index, conn, call),
+            Some((index, conn)) => {
+                io::send_file(to, index, conn, (from, unsafe { offset.as_mut() }, count), call)
+            }
         }
     }
 
@@ -296,7 +345,7 @@ hooks! {
     }
 
     fn shutdown(fd: c_int, how: c_int) -> c_int {
-        if lifecycle::shutting_down(fd) {
+        if lifecycle::shutting_down(fd, how) {
             // What an emptied socket answers.
             io::set_errno(libc::ENOTCONN);
             return -1;
@@ -376,6 +425,7 @@ hooks! {
 fn controlled(fd: c_int, command: c_int, argument: usize, result: c_int) {
     match command {
         libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => lifecycle::duplicated(fd, result),
+        libc::F_SETFD if result == 0 => lifecycle::keep_from_others(fd),
         libc::F_SETFL if result == 0 => mode::changed(fd, argument & libc::O_NONBLOCK as usize != 0),
         _ => {}
     }
@@ -484,6 +534,15 @@ optional_hooks! {
     fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
         let Some(real) = real() else { return missing() };
         let result = unsafe { real(fd, request, argument) };
+        if request == libc::FIONREAD && result == 0 && let Some((_, conn)) = io::followed(fd)
+            && let Some(layer) = conn.layer()
+        {
+            let n = c_int::try_from(layer.readable(fd)).unwrap_or(c_int::MAX);
+            unsafe { argument.cast::<c_int>().write_unaligned(n) };
+        }
+        if request == libc::FIONCLEX && result == 0 {
+            lifecycle::keep_from_others(fd);
+        }
         if request == libc::FIONBIO && result == 0 {
             mode::changed(fd, unsafe { argument.cast::<c_int>().read_unaligned() } != 0);
         }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use xo_proto::policy::Policy;
 
 use crate::log::complain;
-use crate::{alone, conn, daemon, fdtable, hooks, log, mode, policy, spawn, tls};
+use crate::{alone, conn, daemon, fdtable, hooks, layer, log, mode, policy, spawn, tls};
 
 const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
 const DEFAULT_HEAD_TIMEOUT_MS: u64 = 5_000;
@@ -50,7 +50,9 @@ extern "C" fn constructor() {
         daemon::process();
         alone::start();
         // SAFETY: functions of ours, which are never unloaded.
-        unsafe { libc::pthread_atfork(None, Some(alone::forked), Some(daemon::forked)) };
+        unsafe {
+            libc::pthread_atfork(Some(layer::about_to_fork), Some(alone::forked), Some(daemon::forked))
+        };
     }
     ACTIVE.store(ready, Ordering::Release);
 }

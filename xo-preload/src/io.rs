@@ -10,6 +10,7 @@ use xo_sys::{raw, tcp_repair};
 
 use crate::boundary::{self, Outcome};
 use crate::conn::{self, Claim, Conn, Kind, ReadHalf, WriteHalf};
+use crate::layer::Asked;
 use crate::{fdtable, tls};
 
 /// Most pieces of a scattered read that are followed; a longer list is shortened, which is a short read.
@@ -22,22 +23,29 @@ const LEAST_DIRECT: usize = 512;
 const BESIDE: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE;
 
 /// The followed connection behind a descriptor. One that is left alone is still followed while a hand-off is under way,
-/// and when it is over and the connection gone.
+/// and when it is over and the connection gone; and so is one with a record layer, as long as it lasts.
 #[inline]
 pub(crate) fn followed(fd: c_int) -> Option<(u32, &'static Conn)> {
     match fdtable::get(fd) {
         fdtable::Entry::Connection(index) => {
-            let is_followed = |c: &&Conn| c.kind() == Kind::Tracked || c.asked.load(Ordering::Relaxed);
+            let is_followed =
+                |c: &&Conn| c.kind() == Kind::Tracked || c.asked.load(Ordering::Relaxed) || c.has_layer();
             conn::get(index).filter(is_followed).map(|c| (index, c))
         }
         _ => None,
     }
 }
 
-/// errno of this thread.
+/// Sets errno of this thread.
 pub(crate) fn set_errno(errno: c_int) {
     // SAFETY: glibc's errno location is valid for the thread's life.
     unsafe { *libc::__errno_location() = errno };
+}
+
+/// errno of this thread.
+pub(crate) fn errno() -> c_int {
+    // SAFETY: glibc's errno location is valid for the thread's life.
+    unsafe { *libc::__errno_location() }
 }
 
 /// A read into one buffer that gives nothing beside the bytes.
@@ -50,7 +58,10 @@ pub(crate) fn read_bytes(
     call: impl FnMut(&[iovec]) -> isize,
 ) -> isize {
     // Smaller than most heads: in two steps it would be looked at twice.
-    let direct = flags & !libc::MSG_DONTWAIT == 0 && buffer.iov_len >= LEAST_DIRECT && conn.is_alone();
+    let direct = flags & !libc::MSG_DONTWAIT == 0
+        && buffer.iov_len >= LEAST_DIRECT
+        && conn.is_alone()
+        && !conn.has_layer();
     read_into(fd, index, conn, &[buffer], flags, direct, call)
 }
 
@@ -78,10 +89,20 @@ fn read_into(
     mut call: impl FnMut(&[iovec]) -> isize,
 ) -> isize {
     let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
+    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
+    let layer = conn.layer();
+    if layer.is_some()
+        && let Some(result) = tls::home::reading(fd, index, pieces, flags)
+    {
+        return result;
+    }
+    let mut call = |pieces: &[iovec]| match &layer {
+        Some(layer) if flags & libc::MSG_ERRQUEUE == 0 => layer.read(fd, pieces, flags, nonblocking),
+        _ => call(pieces),
+    };
     if want == 0 || flags & BESIDE != 0 {
         return call(pieces);
     }
-    let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
     let peeking = flags & libc::MSG_PEEK != 0;
     let Some(mut half) = conn.read() else {
         conn.abandon(Reason::Shared);
@@ -120,7 +141,7 @@ fn read_into(
         // It has just begun.
         return read_records(fd, index, conn, &mut half, pieces, flags, &mut call);
     }
-    let allowed = match allowance(fd, &half, want, nonblocking) {
+    let allowed = match allowance(fd, conn, &half, want, nonblocking) {
         Ok(n) => n,
         Err(result) => return result,
     };
@@ -143,7 +164,8 @@ fn read_into(
         // Edge-triggered servers take a short read for an empty socket and wait for an edge that has come already: raise
         // another. Reads are cut at the end of a request, of a chunked one's head, and of the part of its body looked at.
         let cut = allowed < want && n as usize == allowed;
-        if cut && !alone && nonblocking && raw::readable_bytes(fd) > 0 {
+        let more = || layer.as_ref().map_or_else(|| raw::readable_bytes(fd) > 0, |l| l.has_more(fd));
+        if cut && !alone && nonblocking && more() {
             let _ = tcp_repair::poke(fd);
         }
     }
@@ -209,21 +231,53 @@ fn await_other(fd: c_int, index: u32, conn: &Conn, nonblocking: bool) -> Option<
     }
 }
 
+/// Looks at what the server would read next; how many bytes there are now, 0 at the end, or an errno.
+pub(crate) fn peek(fd: c_int, conn: &Conn, buffer: &mut [u8], nonblocking: bool) -> Result<usize, i32> {
+    // SAFETY: the buffer's own address and length.
+    unsafe { peek_at(fd, conn, buffer.as_mut_ptr(), buffer.len(), nonblocking) }
+}
+
+/// As [`peek`].
+///
+/// # Safety
+/// `size` bytes at `at` may be overwritten.
+pub(crate) unsafe fn peek_at(
+    fd: c_int,
+    conn: &Conn,
+    at: *mut u8,
+    size: usize,
+    nonblocking: bool,
+) -> Result<usize, i32> {
+    if let Some(layer) = conn.layer() {
+        // SAFETY: the caller's promise.
+        return unsafe { layer.peek(fd, at, size, nonblocking) };
+    }
+    let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
+    // SAFETY: the caller's promise.
+    let n = unsafe { raw::peek_at(fd, at, size, flags) };
+    n.map(|n| n.min(size)).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+}
+
 /// How many bytes may be read without crossing the request's end.
-fn allowance(fd: c_int, half: &ReadHalf, want: usize, nonblocking: bool) -> Result<usize, isize> {
+fn allowance(
+    fd: c_int,
+    conn: &Conn,
+    half: &ReadHalf,
+    want: usize,
+    nonblocking: bool,
+) -> Result<usize, isize> {
     match half.tracker.allowed() {
         Limit::Bytes(n) => Ok(want.min(usize::try_from(n).unwrap_or(usize::MAX))),
         // At a boundary only for a peek, or when the client has closed.
         Limit::Peek if half.tracker.at_boundary() => Ok(want),
         Limit::Peek => {
             let mut buffer = [0; PEEK];
-            let flags = if nonblocking { libc::MSG_DONTWAIT } else { 0 };
             let window = buffer.get_mut(..want.min(PEEK)).unwrap_or_default();
-            match raw::peek(fd, window, flags) {
+            match peek(fd, conn, window, nonblocking) {
                 Ok(0) => Ok(want),
                 Ok(n) => Ok(half.tracker.limit(window.get(..n).unwrap_or_default()).min(want)),
-                Err(e) => {
-                    set_errno(e.raw_os_error().unwrap_or(libc::EIO));
+                Err(errno) => {
+                    set_errno(errno);
                     Err(-1)
                 }
             }
@@ -284,6 +338,11 @@ pub(crate) fn read_unseen(
     want: usize,
     call: impl Fn(usize) -> isize,
 ) -> isize {
+    if conn.has_layer() {
+        // As where the kernel cannot: the server reads instead.
+        set_errno(libc::EINVAL);
+        return -1;
+    }
     if conn.read().is_some_and(|half| half.tls.is_some()) {
         conn.abandon(Reason::TlsKernel);
         return call(want);
@@ -329,18 +388,51 @@ pub(crate) fn write(
     flags: c_int,
     call: impl FnOnce() -> isize,
 ) -> isize {
-    if let Some(result) = hold_writing(fd, index, conn, flags) {
-        return result;
-    }
-    let n = call();
+    let n = match conn.layer() {
+        Some(_) if tls::home::is_openssl() => {
+            set_errno(libc::EPIPE);
+            return -1;
+        }
+        None => match hold_writing(fd, index, conn, flags) {
+            Some(result) => return result,
+            None => call(),
+        },
+        Some(layer) => match through(fd, index, conn, flags, |asked| layer.write(fd, pieces, flags, asked)) {
+            Ok(n) => n,
+            Err(result) => return result,
+        },
+    };
     if n > 0 {
         wrote(conn, pieces, n as usize);
     }
     n
 }
 
-/// A write whose bytes we do not see (sendfile, splice).
+/// A write through a record layer, when there may be one. `Err` is what to return.
+fn through(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    flags: c_int,
+    mut write: impl FnMut(&dyn Fn() -> bool) -> Result<isize, Asked>,
+) -> Result<isize, isize> {
+    loop {
+        if let Some(result) = hold_writing(fd, index, conn, flags) {
+            return Err(result);
+        }
+        if let Ok(n) = write(&|| conn.may_be_elsewhere(index)) {
+            return Ok(n);
+        }
+    }
+}
+
+/// A write whose bytes we do not see (splice).
 pub(crate) fn write_unseen(fd: c_int, index: u32, conn: &Conn, call: impl FnOnce() -> isize) -> isize {
+    if conn.has_layer() {
+        // As where the kernel cannot: the server writes instead.
+        set_errno(libc::EINVAL);
+        return -1;
+    }
     if let Some(result) = hold_writing(fd, index, conn, 0) {
         return result;
     }
@@ -355,8 +447,33 @@ pub(crate) fn write_unseen(fd: c_int, index: u32, conn: &Conn, call: impl FnOnce
     n
 }
 
+/// sendfile(2); `call` is the real one.
+pub(crate) fn send_file(
+    fd: c_int,
+    index: u32,
+    conn: &Conn,
+    (from, mut offset, count): (c_int, Option<&mut i64>, usize),
+    call: impl FnOnce() -> isize,
+) -> isize {
+    let Some(layer) = conn.layer() else { return write_unseen(fd, index, conn, call) };
+    let result =
+        through(fd, index, conn, 0, |asked| layer.send_file(fd, from, offset.as_deref_mut(), count, asked));
+    match result {
+        Ok(n) => {
+            if n > 0 && conn.kind() == Kind::Tracked {
+                follow_responses(conn, |r| r.wrote_unseen(n as u64));
+            }
+            n
+        }
+        Err(result) => result,
+    }
+}
+
 /// Bytes of a response, or of records that carry one.
 fn wrote(conn: &Conn, pieces: &[iovec], n: usize) {
+    if conn.kind() != Kind::Tracked {
+        return;
+    }
     let Some(mut half) = conn.write() else {
         return conn.abandon(Reason::Shared);
     };

@@ -59,23 +59,38 @@ fn gone(fd: c_int) {
     if (entry == Entry::None && !register::knows(fd)) || daemon::is_borrowed() {
         return;
     }
-    if !matches!(entry, Entry::Connection(_)) {
-        register::closing(fd);
+    match entry {
+        Entry::Connection(index) => {
+            if let Some(conn) = conn::get(index).filter(|c| c.has_layer() && c.is_last_descriptor())
+                && let Some(layer) = conn.layer().filter(|_| !conn.may_be_elsewhere(index))
+            {
+                layer.close(fd);
+            }
+        }
+        _ => register::closing(fd),
     }
     conn::forget(fd);
 }
 
 /// Before a shutdown. `true`: the connection is elsewhere, leave the socket alone. It may not be emptied yet, and a
 /// FIN from it would end the connection under the target's hands.
-pub(crate) fn shutting_down(fd: c_int) -> bool {
+pub(crate) fn shutting_down(fd: c_int, how: c_int) -> bool {
     let Some((index, conn)) = io::followed(fd) else { return false };
-    if !conn.asked.load(Ordering::Acquire) {
-        return false;
+    if conn.asked.load(Ordering::Acquire) {
+        let gone = match conn.slot_state(index) {
+            PENDING => boundary::await_verdict(index, None) == GONE,
+            state => state == GONE,
+        };
+        if gone {
+            return true;
+        }
     }
-    match conn.slot_state(index) {
-        PENDING => boundary::await_verdict(index, None) == GONE,
-        state => state == GONE,
+    if how != libc::SHUT_RD
+        && let Some(layer) = conn.layer()
+    {
+        layer.say_goodbye(fd);
     }
+    false
 }
 
 /// After a successful dup.
@@ -83,6 +98,16 @@ pub(crate) fn duplicated(old: c_int, new: c_int) {
     let concerns = || fdtable::get(old) != Entry::None || fdtable::get(new) != Entry::None;
     if new >= 0 && old != new && concerns() && !daemon::is_borrowed() {
         conn::share(old, new);
+        keep_from_others(new);
+    }
+}
+
+/// Another program would read and write records: it does not get a connection that has a record layer here.
+pub(crate) fn keep_from_others(fd: c_int) {
+    if let Entry::Connection(index) = fdtable::get(fd)
+        && conn::get(index).is_some_and(conn::Conn::has_layer)
+    {
+        let _ = raw::set_cloexec(fd, true);
     }
 }
 
@@ -92,6 +117,11 @@ pub(crate) fn ring_made() {
     if conn::all().next().is_some() {
         tracking();
     }
+}
+
+/// Does it?
+pub(crate) fn has_ring() -> bool {
+    RING.load(Ordering::Relaxed)
 }
 
 /// The process has a followed connection.

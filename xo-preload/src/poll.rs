@@ -55,7 +55,8 @@ fn look_in(ns: u64) {
 /// Keeps an incomplete head of `n` bytes from the server: level-triggered waiting stays quiet until more
 /// comes, and at the deadline the server gets what there is.
 pub(crate) fn hold_back(fd: c_int, conn: &Conn, n: usize, deadline: u64) {
-    let low_water = i32::try_from(n + 1).unwrap_or(i32::MAX);
+    let low_water = conn.layer().map_or(n + 1, |layer| layer.low_water(fd));
+    let low_water = i32::try_from(low_water).unwrap_or(i32::MAX);
     let _ = raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low_water);
     conn.fd.store(fd, Ordering::Relaxed);
     if conn.deadline.compare_exchange(0, deadline, Ordering::AcqRel, Ordering::Relaxed).is_ok() {

@@ -9,6 +9,7 @@
 //! OpenSSL reads itself and for a server's own BIOs. A server that reads beside its SSL calls (memory BIOs) is left alone.
 
 mod follow;
+pub(crate) mod home;
 mod look;
 mod openssl;
 mod secrets;

@@ -9,7 +9,7 @@ use crate::reason::Reason;
 use crate::tls::TlsState;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -47,6 +47,8 @@ pub enum ToDaemon {
         /// process's own (what is left in it when the process goes is delivered elsewhere). Otherwise the
         /// daemon wakes it with a loopback connection.
         epoll: bool,
+        /// It can serve a connection that comes with TLS.
+        tls: bool,
     },
     /// Blocking request: the connection just accepted from this local port is a wake-up; which restored
     /// connection is it for? Answered by `Deliver` or `Nothing`.
@@ -97,8 +99,10 @@ pub struct Offload {
     pub handler: String,
     /// Moves so far on behalf of the request at hand.
     pub moves: u8,
-    /// The connection's TLS, if it has any.
+    /// The connection's TLS, if it has any: it stands before the record that the receive queue begins with.
     pub tls: Option<TlsState>,
+    /// Of that record, how much data the server has read, bytes: the next request begins in it.
+    pub used: u32,
     /// `CLOCK_MONOTONIC` when the policy had decided, ns.
     pub decided_ns: u64,
 }

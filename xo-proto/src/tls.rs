@@ -11,15 +11,20 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use zeroize::Zeroize;
 
+mod incoming;
 mod keylog;
 mod keys;
+mod outgoing;
 mod record;
 mod stream;
 mod suite;
 #[cfg(test)]
 mod tests;
 
+use incoming::shorten;
+pub use incoming::{Control, Incoming, alert};
 pub use keylog::{KeylogLine, Label, Secret};
+pub use outgoing::Outgoing;
 pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
@@ -117,6 +122,32 @@ impl TlsState {
     /// `Suite`.
     pub fn sealer(&self) -> Result<Sealer, TlsError> {
         Ok(Sealer::new(self.suite()?, self.sent.clone()))
+    }
+
+    /// The receiving half of a record layer that begins here.
+    ///
+    /// # Errors
+    /// `Suite`.
+    pub fn incoming(&self) -> Result<Incoming, TlsError> {
+        Ok(Incoming::new(self.suite()?, self.received.clone()))
+    }
+
+    /// The sending half.
+    ///
+    /// # Errors
+    /// `Suite`.
+    pub fn outgoing(&self) -> Result<Outgoing, TlsError> {
+        Ok(Outgoing::new(self.suite()?, self.sent.clone()))
+    }
+
+    /// Of the record that `queue` begins with, `used` bytes of data have been used up: puts one with the rest in its place.
+    /// Records after it are not touched. (Two records under one nonce: the longer one has been on the wire, the shorter one must
+    /// be seen by nobody but who has the key.)
+    ///
+    /// # Errors
+    /// Why there is no such record; the queue is then as before.
+    pub fn shorten(&self, queue: &mut Vec<u8>, used: usize) -> Result<(), TlsError> {
+        shorten(queue, self.suite()?, &self.received, used)
     }
 
     /// Is `queue`, which begins with the next record of the client, what this state is for? A machine that is given a

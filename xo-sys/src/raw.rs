@@ -273,6 +273,33 @@ pub fn peek(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
     sys!(libc::SYS_recvfrom, fd, buffer.as_mut_ptr(), buffer.len(), flags, 0, 0)
 }
 
+/// send(2).
+///
+/// # Errors
+/// The kernel's.
+pub fn send(fd: RawFd, bytes: &[u8], flags: i32) -> io::Result<usize> {
+    // SAFETY: pointer and length describe `bytes`.
+    sys!(libc::SYS_sendto, fd, bytes.as_ptr(), bytes.len(), flags, 0, 0)
+}
+
+/// pread(2).
+///
+/// # Errors
+/// The kernel's.
+pub fn read_at(fd: RawFd, buffer: &mut [u8], offset: i64) -> io::Result<usize> {
+    // SAFETY: pointer and length describe `buffer`.
+    sys!(libc::SYS_pread64, fd, buffer.as_mut_ptr(), buffer.len(), offset)
+}
+
+/// lseek(2).
+///
+/// # Errors
+/// The kernel's.
+pub fn seek(fd: RawFd, offset: i64, whence: i32) -> io::Result<i64> {
+    // SAFETY: numbers only.
+    sys!(libc::SYS_lseek, fd, offset, whence).map(|n| n as i64)
+}
+
 /// sched_yield(2).
 pub fn yield_processor() {
     // SAFETY: no arguments.

@@ -32,7 +32,8 @@ struct Table {
     wake_ports: [AtomicU32; WAKE_PORTS],
     /// Followed connections that the process has accepted from their clients.
     followed: AtomicU32,
-    _unused: AtomicU32,
+    /// Not 0: the process can go on with a connection that comes home with its TLS.
+    answers: AtomicU32,
     counters: [AtomicU64; COUNTERS],
     slots: [Slot; SLOTS],
     deliveries: [AtomicU32; DELIVERIES],
@@ -194,6 +195,17 @@ impl SlotTable {
     /// A counter's value.
     pub fn counter(&self, counter: usize) -> u64 {
         self.get().counters.get(counter).map_or(0, |c| c.load(Ordering::Relaxed))
+    }
+
+    /// The process can go on with a connection that comes home with its TLS, although its server begins with a handshake.
+    pub fn set_answers_for_tls(&self) {
+        self.get().answers.store(1, Ordering::Relaxed);
+    }
+
+    /// Can it?
+    #[must_use]
+    pub fn answers_for_tls(&self) -> bool {
+        self.get().answers.load(Ordering::Relaxed) != 0
     }
 
     /// Says how many connections the process follows that it has accepted from their clients.

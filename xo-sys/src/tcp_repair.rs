@@ -90,15 +90,22 @@ impl<T> Step<T> for io::Result<T> {
 /// # Errors
 /// Of getsockopt(2) and recv(2).
 pub fn arrived_since(fd: RawFd, record: &ConnRecord) -> io::Result<Option<Late>> {
-    let news = get_u32(fd, libc::TCP_QUEUE_SEQ)?.wrapping_sub(record.tcp.rcv_seq) as usize;
-    if news == 0 {
-        return Ok(None);
-    }
-    let fin = raw::tcp_state(fd)? == CLOSE_WAIT;
-    let before = record.tcp.received.len();
-    let mut data = dump::peek(fd, before + news)?;
-    data.drain(..before.min(data.len()));
-    data.truncate(news);
+    // What came before need not be as long as in the record (see `TlsState::shorten`), so it is counted from the end.
+    let (news, queued, fin) = loop {
+        let next = get_u32(fd, libc::TCP_QUEUE_SEQ)?;
+        let news = next.wrapping_sub(record.tcp.rcv_seq) as usize;
+        if news == 0 {
+            return Ok(None);
+        }
+        let (queued, fin) = (raw::readable_bytes(fd), raw::tcp_state(fd)? == CLOSE_WAIT);
+        if get_u32(fd, libc::TCP_QUEUE_SEQ)? == next {
+            break (news, queued, fin);
+        }
+    };
+    let mut data = dump::peek(fd, queued)?;
+    data.truncate(queued);
+    // A FIN counts, and is no byte.
+    data.drain(..queued.saturating_sub(news - usize::from(fin)).min(data.len()));
     Ok(Some(Late { data, fin }))
 }
 

@@ -1,8 +1,11 @@
 //! HTTPS: servers with certificates, daemons with an encrypted channel, and a client that says what it got.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -10,7 +13,7 @@ use crate::Bed;
 use crate::bed::built;
 use crate::content;
 use crate::kinds::{Kind, Server};
-use crate::program::Program;
+use crate::program::{Program, enter, wait_for};
 use crate::servers::{PEER_PORT, PeerdOptions, WEB, address};
 
 /// A cipher suite, and the version of TLS that has it.
@@ -79,11 +82,11 @@ for _ in range(options.get('connections', 1)):
 print(json.dumps(connections))
 "#;
 
-/// Objects and uploads below a root, on port 443: `https.py NODE ROOT KEYS`, with KEYS.pem and KEYS.key.
+/// Objects and uploads below a root, on a port: `https.py NODE ROOT KEYS PORT`, with KEYS.pem and KEYS.key if the port is 443.
 const SERVER: &str = r#"
 import http.server, os, ssl, sys
 
-node, root, keys = sys.argv[1:4]
+node, root, keys, port = sys.argv[1:5]
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
@@ -109,14 +112,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(keys + '.pem', keys + '.key')
-if 'KEYS' in os.environ:
-    context.keylog_filename = os.environ['KEYS']
-server = http.server.ThreadingHTTPServer(('', 443), Handler)
+server = http.server.ThreadingHTTPServer(('', int(port)), Handler)
 server.daemon_threads = True
-# The handshake is the connection's own thread's.
-server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+if port == '443':
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys + '.pem', keys + '.key')
+    if 'KEYS' in os.environ:
+        context.keylog_filename = os.environ['KEYS']
+    # The handshake is the connection's own thread's.
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
 server.serve_forever()
 "#;
 
@@ -134,9 +138,18 @@ impl Https {
     /// When it does not come up.
     #[must_use]
     pub fn up() -> Https {
-        let bed = Bed::up(1, 1);
+        Https::with_targets(1)
+    }
+
+    /// As [`Https::up`], with so many targets.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn with_targets(targets: u32) -> Https {
+        let bed = Bed::up(targets, 1);
         let certs = bed.directory().join("certs");
-        bed.run("host", Command::new(built("xo-peerd")).arg("certs").arg(certs).args(["host", "t1"]));
+        bed.run("host", Command::new(built("xo-peerd")).arg("certs").arg(certs).args(bed.servers()));
         for (name, key) in
             [("rsa", &["rsa:2048"][..]), ("ec", &["ec", "-pkeyopt", "ec_paramgen_curve:P-256"])]
         {
@@ -150,16 +163,21 @@ impl Https {
         Https { bed }
     }
 
-    /// Daemons on both nodes.
+    /// Daemons on all nodes.
     pub fn daemons(&self) -> Vec<Program> {
+        self.daemons_for("# the channel is encrypted", WEB)
+    }
+
+    /// As [`Https::daemons`], with this at the head of their configuration, and these handlers.
+    pub fn daemons_for(&self, head: &str, handlers: &str) -> Vec<Program> {
         let options = |node: &str| {
             let d = self.bed.directory().join("certs");
             let d = d.display();
             let tls =
                 format!("[tls]\nca = \"{d}/ca.pem\"\ncert = \"{d}/{node}.pem\"\nkey = \"{d}/{node}.key\"\n");
-            PeerdOptions { head: "# the channel is encrypted".into(), sections: tls + WEB }
+            PeerdOptions { head: head.into(), sections: tls + handlers }
         };
-        ["host", "t1"].iter().map(|node| self.bed.peerd(node, &options(node))).collect()
+        self.bed.servers().iter().map(|node| self.bed.peerd(node, &options(node))).collect()
     }
 
     /// As [`Bed::preloaded`], with a policy for HTTPS: `/img/` and `/up/` go to the target. Every record that the server sends is
@@ -211,15 +229,21 @@ impl Https {
     }
 
     /// Python's `http.server` with its `ssl` on port 443 of a node.
-    pub fn python(&self, node: &str, mut command: Command) -> Program {
+    pub fn python(&self, node: &str, command: Command) -> Program {
+        self.python_on(node, 443, command)
+    }
+
+    /// As [`Https::python`], on another port without `ssl`.
+    pub fn python_on(&self, node: &str, port: u16, mut command: Command) -> Program {
         let root = self.bed.root(node);
         if !root.exists() {
             content::write_all(&root);
         }
         let keys = self.bed.directory().join("rsa");
         command.arg(self.bed.file("https.py", SERVER)).arg(node).arg(root).arg(keys);
+        command.arg(port.to_string());
         let mut program = self.bed.start(node, &format!("{node}-python"), &mut command);
-        self.bed.wait_listening(node, 443, &mut program);
+        self.bed.wait_listening(node, port, &mut program);
         program
     }
 
@@ -266,16 +290,27 @@ impl Https {
         let script = self.bed.file("client.py", CLIENT);
         let mut command = Command::new("python3");
         command.arg(script).args([address("host"), port.to_string()]).arg(self.bed.root("host"));
-        if let Some((version, name)) = suite {
-            options["version"] = json!(version);
-            if version == "TLSv1.3" {
-                command.env("OPENSSL_CONF", self.tls13_only(name));
-            } else {
-                options["ciphers"] = json!(format!("{name}:@SECLEVEL=0"));
-            }
+        if let Some(suite) = suite {
+            options = self.say_suite(&mut command, suite, options);
         }
         let output = self.bed.run("client", command.arg(options.to_string()));
         serde_json::from_str(&output).unwrap_or_else(|e| panic!("{e}: {output}"))
+    }
+
+    /// The client is to offer only this suite.
+    pub(crate) fn say_suite(
+        &self,
+        command: &mut Command,
+        (version, name): Suite,
+        mut options: Value,
+    ) -> Value {
+        options["version"] = json!(version);
+        if version == "TLSv1.3" {
+            command.env("OPENSSL_CONF", self.tls13_only(name));
+        } else {
+            options["ciphers"] = json!(format!("{name}:@SECLEVEL=0"));
+        }
+        options
     }
 
     /// Configuration of an OpenSSL that offers only this suite of TLS 1.3; Python cannot say it otherwise.
@@ -308,5 +343,59 @@ impl Https {
     pub fn about(&self) -> String {
         let status = self.bed.try_status("host").expect("a daemon that answers");
         format!("{} {}", status["refused_by_reason"], status["library"])
+    }
+}
+
+/// `openssl s_client`, spoken to line by line.
+#[derive(Debug)]
+pub struct Interactive {
+    child: Child,
+    said: Arc<Mutex<String>>,
+}
+
+impl Interactive {
+    /// Connects to the host with these options.
+    ///
+    /// # Panics
+    /// When it cannot.
+    #[must_use]
+    pub fn start(https: &Https, options: &str) -> Interactive {
+        let text = format!("exec openssl s_client -crlf {options} -connect {}:443 2>&1", address("host"));
+        let mut command = Command::new("sh");
+        command.args(["-c", &text]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        enter(&mut command, &https.bed.namespace("client"));
+        let mut child = command.spawn().expect("openssl s_client");
+        let said = Arc::new(Mutex::new(String::new()));
+        let (mut output, all) = (child.stdout.take().expect("its output"), said.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                all.lock().expect("no panic").push_str(&String::from_utf8_lossy(&buffer[..n]));
+            }
+        });
+        let mut client = Interactive { child, said };
+        client.say("", "Verify return code");
+        client
+    }
+
+    /// Says something, and waits for this in the answer.
+    ///
+    /// # Panics
+    /// When it does not come.
+    pub fn say(&mut self, text: &str, answer: &str) {
+        let count = |said: &str| said.matches(answer).count();
+        let before = if text.is_empty() { 0 } else { count(&self.said.lock().expect("no panic")) };
+        let input = self.child.stdin.as_mut().expect("its input");
+        input.write_all(text.as_bytes()).expect("it reads");
+        let answered =
+            wait_for(Duration::from_secs(20), || count(&self.said.lock().expect("no panic")) > before);
+        assert!(answered, "no answer to {text}: {}", self.said.lock().expect("no panic"));
+    }
+}
+
+impl Drop for Interactive {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -2,16 +2,14 @@
 //! record with the state that came: so each refusal is a decision made in time, with a state that is right, and after it the host
 //! serves the request as if nothing had been.
 
-use std::io::{Read, Write};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use xo_tests::kinds::Kind;
-use xo_tests::program::{enter, wait_for};
+use xo_tests::program::wait_for;
 use xo_tests::servers::{PeerdOptions, address};
-use xo_tests::tls::{Https, SUITES};
+use xo_tests::tls::{Https, Interactive, SUITES};
 
 /// Four requests that would move, three that would not.
 fn steps() -> Value {
@@ -211,51 +209,6 @@ fn early_data_and_second_handshakes() {
     let counted = wait_for(Duration::from_secs(20), || https.counted("tls_renegotiation") == 1);
     assert!(counted, "{}", https.about());
     assert_sound(&https);
-}
-
-/// `openssl s_client`, spoken to line by line.
-struct Interactive {
-    child: Child,
-    said: Arc<Mutex<String>>,
-}
-
-impl Interactive {
-    fn start(https: &Https, options: &str) -> Interactive {
-        let text = format!("exec openssl s_client -crlf {options} -connect {}:443 2>&1", address("host"));
-        let mut command = Command::new("sh");
-        command.args(["-c", &text]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        enter(&mut command, &https.bed.namespace("client"));
-        let mut child = command.spawn().expect("openssl s_client");
-        let said = Arc::new(Mutex::new(String::new()));
-        let (mut output, all) = (child.stdout.take().expect("its output"), said.clone());
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(n @ 1..) = output.read(&mut buffer) {
-                all.lock().expect("no panic").push_str(&String::from_utf8_lossy(&buffer[..n]));
-            }
-        });
-        let mut client = Interactive { child, said };
-        client.say("", "Verify return code");
-        client
-    }
-
-    /// Says something, and waits for this in the answer.
-    fn say(&mut self, text: &str, answer: &str) {
-        let count = |said: &str| said.matches(answer).count();
-        let before = if text.is_empty() { 0 } else { count(&self.said.lock().expect("no panic")) };
-        let input = self.child.stdin.as_mut().expect("its input");
-        input.write_all(text.as_bytes()).expect("it reads");
-        let answered =
-            wait_for(Duration::from_secs(20), || count(&self.said.lock().expect("no panic")) > before);
-        assert!(answered, "no answer to {text}: {}", self.said.lock().expect("no panic"));
-    }
-}
-
-impl Drop for Interactive {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[test]

@@ -170,6 +170,13 @@ pub(super) fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
         Ok(mut record) => {
             record.local = flow.public;
             record.tls = flow.tls.clone();
+            if let Some(tls) = &record.tls
+                && let Err(e) = tls.shorten(&mut record.tcp.received, flow.used)
+            {
+                log::error!("the first record of {}: {e}", flow.client);
+                let _ = tcp_repair::resume(socket.as_raw_fd());
+                return Err(Reason::TlsState);
+            }
             flow.record = Some(Box::new(record));
             Ok(())
         }

@@ -44,6 +44,7 @@ functions! {
     fn OpenSSL_version_num() -> c_ulong;
     fn CRYPTO_get_ex_new_index(c_int, c_long, *mut c_void, *mut c_void, *mut c_void, *mut c_void) -> c_int;
     fn BIO_ctrl(Object, c_int, c_long, *mut c_void) -> c_long;
+    fn SSL_CIPHER_find(Object, *const c_uchar) -> Object;
     fn SSL_CIPHER_get_protocol_id(Object) -> u16;
     fn SSL_CTX_get_ex_data(Object, c_int) -> *mut c_void;
     fn SSL_CTX_get_keylog_callback(Object) -> Keylog;
@@ -56,6 +57,7 @@ functions! {
     fn SSL_get_early_data_status(Object) -> c_int;
     fn SSL_get_ex_data(Object, c_int) -> *mut c_void;
     fn SSL_get_rbio(Object) -> Object;
+    fn SSL_get_rfd(Object) -> c_int;
     fn SSL_get_server_random(Object, *mut c_uchar, usize) -> usize;
     fn SSL_get_servername(Object, c_int) -> *const c_char;
     fn SSL_get_verify_mode(Object) -> c_int;

@@ -10,10 +10,10 @@ use xo_proto::reason::Reason;
 use xo_proto::tls::{RANDOM, Suite, Version};
 
 use super::openssl::{self, Keylog, Object, OpenSsl};
-use super::{Agreed, Received, secrets};
+use super::{Agreed, Received, home, secrets};
 use crate::conn::{self, Conn, Kind};
 use crate::interpose::Original;
-use crate::{init, io};
+use crate::{daemon, init, io};
 
 thread_local! {
     /// The SSL object whose call this thread is in.
@@ -28,8 +28,13 @@ fn inside<T>(ssl: Object, call: impl FnOnce() -> T) -> T {
     result
 }
 
+/// The object whose call this thread is in, or null.
+pub(super) fn current() -> Object {
+    CURRENT.get()
+}
+
 /// What an SSL object remembers: its connection's index, and which one of that index.
-fn cookie(conn: &Conn, index: u32) -> usize {
+pub(super) fn cookie(conn: &Conn, index: u32) -> usize {
     (conn.serial.load(Ordering::Relaxed) as usize) << 32 | (index as usize + 1)
 }
 
@@ -40,7 +45,13 @@ pub(super) fn bind(conn: &Conn, index: u32) -> Result<(), Reason> {
     let word = std::ptr::without_provenance_mut(cookie(conn, index));
     // SAFETY: the object whose call we are in; an index of ours.
     match unsafe { (openssl.call.SSL_set_ex_data)(ssl, openssl.ssl_index, word) } {
-        1 => Ok(()),
+        1 => {
+            // SAFETY: the same object.
+            if unsafe { (openssl.call.SSL_get_rfd)(ssl) } >= 0 {
+                daemon::set_answers_for_tls();
+            }
+            Ok(())
+        }
         _ => Err(Reason::TlsLibrary),
     }
 }
@@ -260,47 +271,92 @@ ssl_hooks! {
     }
 
     fn SSL_accept(real, ssl: Object) -> c_int, -1; {
-        inside(ssl, || real(ssl))
+        if home::of(ssl).is_some() {
+            return 1;
+        }
+        let result = inside(ssl, || real(ssl));
+        if home::has_met(ssl) { 1 } else { result }
     }
 
     fn SSL_do_handshake(real, ssl: Object) -> c_int, -1; {
-        inside(ssl, || real(ssl))
-    }
-
-    fn SSL_read(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
-        let n = inside(ssl, || real(ssl, buffer, len));
-        has_read(ssl, buffer, length(n));
-        n
-    }
-
-    fn SSL_read_ex(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
-        let result = inside(ssl, || real(ssl, buffer, len, read));
-        if result == 1 {
-            has_read(ssl, buffer, *read);
+        if home::of(ssl).is_some() {
+            return 1;
         }
-        result
+        let result = inside(ssl, || real(ssl));
+        if home::has_met(ssl) { 1 } else { result }
     }
 
     // A server that would take early data begins the handshake with it.
     fn SSL_read_early_data(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
-        inside(ssl, || real(ssl, buffer, len, read))
+        /// `SSL_READ_EARLY_DATA_FINISH`.
+        const FINISH: c_int = 2;
+        if home::of(ssl).is_none() {
+            let result = inside(ssl, || real(ssl, buffer, len, read));
+            if !home::has_met(ssl) {
+                return result;
+            }
+        }
+        *read = 0;
+        FINISH
+    }
+
+    fn SSL_read(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
+        if home::of(ssl).is_none() {
+            let n = inside(ssl, || real(ssl, buffer, len));
+            if !home::has_met(ssl) {
+                has_read(ssl, buffer, length(n));
+                return n;
+            }
+        }
+        home::of(ssl).map_or(-1, |home| home.read(buffer, length(len), 0)) as c_int
+    }
+
+    fn SSL_read_ex(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
+        if home::of(ssl).is_none() {
+            let result = inside(ssl, || real(ssl, buffer, len, read));
+            if !home::has_met(ssl) {
+                if result == 1 {
+                    has_read(ssl, buffer, *read);
+                }
+                return result;
+            }
+        }
+        told(home::of(ssl).map_or(-1, |home| home.read(buffer, len, 0)), read)
     }
 
     fn SSL_peek(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
-        inside(ssl, || real(ssl, buffer, len))
+        if home::of(ssl).is_none() {
+            let n = inside(ssl, || real(ssl, buffer, len));
+            if !home::has_met(ssl) {
+                return n;
+            }
+        }
+        home::of(ssl).map_or(-1, |home| home.read(buffer, length(len), libc::MSG_PEEK)) as c_int
     }
 
     fn SSL_peek_ex(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
-        inside(ssl, || real(ssl, buffer, len, read))
+        if home::of(ssl).is_none() {
+            let result = inside(ssl, || real(ssl, buffer, len, read));
+            if !home::has_met(ssl) {
+                return result;
+            }
+        }
+        told(home::of(ssl).map_or(-1, |home| home.read(buffer, len, libc::MSG_PEEK)), read)
     }
 
     fn SSL_write(real, ssl: Object, buffer: *const c_void, len: c_int) -> c_int, -1; {
+        if let Some(home) = home::of(ssl) {
+            return home.write(buffer, length(len)) as c_int;
+        }
         let n = inside(ssl, || real(ssl, buffer, len));
         has_written(ssl, buffer, length(n));
         n
     }
 
     fn SSL_write_ex(real, ssl: Object, buffer: *const c_void, len: usize, written: *mut usize) -> c_int, 0; {
+        if let Some(home) = home::of(ssl) {
+            return told(home.write(buffer, len), written);
+        }
         let result = inside(ssl, || real(ssl, buffer, len, written));
         if result == 1 {
             has_written(ssl, buffer, *written);
@@ -308,8 +364,93 @@ ssl_hooks! {
         result
     }
 
+    fn SSL_sendfile(real, ssl: Object, file: c_int, offset: libc::off_t, len: usize, flags: c_int) -> isize, -1; {
+        match home::of(ssl) {
+            Some(home) => home.send_file(file, offset, len),
+            None => real(ssl, file, offset, len, flags),
+        }
+    }
+
     fn SSL_shutdown(real, ssl: Object) -> c_int, -1; {
-        inside(ssl, || real(ssl))
+        match home::of(ssl) {
+            Some(home) => home.shut_down(),
+            None => inside(ssl, || real(ssl)),
+        }
+    }
+
+    fn SSL_get_error(real, ssl: Object, result: c_int) -> c_int, 1; {
+        match home::of(ssl) {
+            Some(_) if result > 0 => 0,
+            Some(home) => home.layer.ssl_error(),
+            None => real(ssl, result),
+        }
+    }
+
+    fn SSL_pending(real, ssl: Object) -> c_int, 0; {
+        if home::of(ssl).is_some() { 0 } else { real(ssl) }
+    }
+
+    fn SSL_has_pending(real, ssl: Object) -> c_int, 0; {
+        if home::of(ssl).is_some() { 0 } else { real(ssl) }
+    }
+
+    fn SSL_in_init(real, ssl: Object) -> c_int, 1; {
+        if home::of(ssl).is_some() { 0 } else { real(ssl) }
+    }
+
+    fn SSL_is_init_finished(real, ssl: Object) -> c_int, 0; {
+        if home::of(ssl).is_some() { 1 } else { real(ssl) }
+    }
+
+    fn SSL_get_state(real, ssl: Object) -> c_int, 0; {
+        /// `TLS_ST_OK`.
+        const OK: c_int = 1;
+        if home::of(ssl).is_some() { OK } else { real(ssl) }
+    }
+
+    fn SSL_session_reused(real, ssl: Object) -> c_int, 0; {
+        if home::of(ssl).is_some() { 0 } else { real(ssl) }
+    }
+
+    fn SSL_version(real, ssl: Object) -> c_int, 0; {
+        home::of(ssl).map_or_else(|| real(ssl), |home| home.version())
+    }
+
+    fn SSL_get_version(real, ssl: Object) -> *const c_char, std::ptr::null(); {
+        home::of(ssl).map_or_else(|| real(ssl), |home| home.version_name())
+    }
+
+    fn SSL_get_current_cipher(real, ssl: Object) -> Object, null_mut(); {
+        match (home::of(ssl), openssl::get()) {
+            (Some(home), Some(openssl)) => home.cipher(openssl, ssl),
+            _ => real(ssl),
+        }
+    }
+
+    fn SSL_get0_alpn_selected(real, ssl: Object, at: *mut *const c_uchar, length: *mut c_uint); {
+        match home::of(ssl) {
+            Some(home) => home.alpn(at, length),
+            None => real(ssl, at, length),
+        }
+    }
+
+    fn SSL_get_servername(real, ssl: Object, kind: c_int) -> *const c_char, std::ptr::null(); {
+        home::of(ssl).map_or_else(|| real(ssl, kind), |home| home.server_name())
+    }
+}
+
+/// The result of one of the functions that say the length apart.
+///
+/// # Safety
+/// `*length` may be written.
+unsafe fn told(n: isize, length: *mut usize) -> c_int {
+    match usize::try_from(n) {
+        Ok(n @ 1..) => {
+            // SAFETY: the caller's promise.
+            unsafe { *length = n };
+            1
+        }
+        _ => 0,
     }
 }
 

@@ -175,7 +175,7 @@ fn records_of_openssl_under_tls_1_2() {
 }
 
 /// All suites of both versions, each with some keys.
-fn all() -> impl Iterator<Item = TlsState> {
+pub(super) fn all() -> impl Iterator<Item = TlsState> {
     let suites = [
         (Version::Tls13, 0x1301_u16),
         (Version::Tls13, 0x1302),
