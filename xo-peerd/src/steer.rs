@@ -28,6 +28,8 @@ static OBJECT: &[u8] =
 const NO_EXIST: u64 = 1;
 /// `BPF_EXIST`: update only.
 const EXIST: u64 = 2;
+/// As often as libbpf does.
+const VERIFIER_ATTEMPTS: usize = 5;
 
 /// Why steering failed.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +95,7 @@ impl Steer {
         for (name, hook) in [(INGRESS_PROGRAM, TcAttachType::Ingress), (EGRESS_PROGRAM, TcAttachType::Egress)]
         {
             let program = classifier(&mut programs, name)?;
-            program.load().map_err(|e| SteerError::Load(chain(&e)))?;
+            verified(|| program.load())?;
             for interface in interfaces {
                 if let Some(pinned) = &pins {
                     match pinned.attach(program, interface, hook) {
@@ -472,6 +474,21 @@ fn errno(e: &MapError) -> Option<i32> {
 }
 
 /// An error with its causes. Of what the verifier says only the end, where the complaint is.
+/// Loads a program. The verifier gives up with EAGAIN when the thread has a signal or other work waiting (`bpf_check`,
+/// kernel/bpf/verifier.c), and wants to be asked again.
+fn verified(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), SteerError> {
+    let mut result = load();
+    for _ in 0..VERIFIER_ATTEMPTS {
+        match &result {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {
+                result = load()
+            }
+            _ => break,
+        }
+    }
+    result.map_err(|e| SteerError::Load(chain(&e)))
+}
+
 fn chain(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut next = e.source();

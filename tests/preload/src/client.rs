@@ -251,7 +251,13 @@ impl Connection {
     fn more(&mut self) -> io::Result<usize> {
         let start = self.buffer.len();
         self.buffer.resize(start + (64 << 10), 0);
-        let n = self.stream.read(&mut self.buffer[start..]);
+        // A read with a time limit ends with EINTR when the process was stopped meanwhile (signal(7)).
+        let n = loop {
+            match self.stream.read(&mut self.buffer[start..]) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                n => break n,
+            }
+        };
         self.buffer.truncate(start + *n.as_ref().unwrap_or(&0));
         n
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::programs::{CgroupAttachMode, SockOps};
 
-use super::{SteerError, chain};
+use super::{SteerError, chain, verified};
 use xo_bpf_abi::{CARRY_MASK, CARRY_PRIORITY, CARRY_PROGRAM};
 use xo_sys::tcp_repair::WINDOW_PRIORITY;
 
@@ -25,7 +25,7 @@ pub(super) fn attach(programs: &mut Ebpf) -> Result<(), SteerError> {
         File::open(&path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
     });
     let group = group.map_err(|e| SteerError::Load(format!("own control group: {e}")))?;
-    program.load().map_err(|e| failed(&e))?;
+    verified(|| program.load())?;
     // By a link (5.7), beside which others' programs stay, as those of other daemons do; it takes no flags.
     program.attach(group, CgroupAttachMode::Single).map_err(|e| failed(&e))?;
     Ok(())
