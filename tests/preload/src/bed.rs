@@ -41,7 +41,7 @@ impl Bed {
         // nginx's workers and HAProxy run as other users.
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("its mode");
         let bed = Bed { prefix, directory, targets, hosts, logs: RefCell::default() };
-        bed.testbed(&["up", "--ordered", "--targets", &targets.to_string(), "--hosts", &hosts.to_string()]);
+        bed.testbed(&["up", "--targets", &targets.to_string(), "--hosts", &hosts.to_string()]);
         bed
     }
 

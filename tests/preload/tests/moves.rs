@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use xo_tests::counters::Counters;
-use xo_tests::program::{Program, slowness, wait_for};
+use xo_tests::program::{Program, slowness, stay_on_one_processor, wait_for};
 use xo_tests::servers::{address, address6};
 use xo_tests::{Bed, Connection, content};
 
@@ -120,6 +120,8 @@ fn walk(c: &mut Connection, nodes: &[String], number: usize, requests: usize) ->
 
 #[test]
 fn hundreds_of_connections_go_wherever_each_request_belongs() {
+    // A FIN that overtakes the acknowledgement before it is answered once more, by a socket that is closed already: a reset.
+    stay_on_one_processor();
     let bed = Bed::up(3, 1);
     let options = bed.sharded_options("");
     let nodes = bed.servers();
