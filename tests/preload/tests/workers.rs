@@ -125,6 +125,8 @@ fn several_connections_with_several_requests_each() {
         let pool = Pool::started_by_daemon(order, &command, 2);
         let bed = &pool.bed;
         assert_eq!(pool.served_by(), name);
+        // That connection is over for everybody.
+        pool.idle();
         let before = Counters::of(bed);
         let client = |number: usize| {
             let (host, own) = if number.is_multiple_of(2) {
