@@ -2,8 +2,9 @@
 //! records. Used where the kernel has none (kTLS).
 //!
 //! A record stays in the socket until its data has been used up: so a server that polls sees it as long as there is something
-//! to read, and at a request's boundary all that has not been read is still there for another machine. Of a record that the
-//! kernel has taken a part of, the data counts as not written.
+//! to read, and at a request's boundary all that has not been read is still there for another machine. Only the beginning of a
+//! record that the socket has no room for is taken out before; the request that it belongs to is served here. Of a record that
+//! the kernel has taken a part of, the data counts as not written.
 //!
 //! Two processes may have a connection in common after a fork. Each has its own copy of the sequence numbers, so that only one
 //! can use a direction from then on: the other is told that the connection is broken (`common.rs`).
@@ -14,7 +15,7 @@ mod read;
 mod write;
 
 use std::ffi::{CStr, CString};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
 use xo_proto::tls::{Incoming, Outgoing, TlsState, Version};
 
@@ -34,8 +35,8 @@ pub(crate) struct Layer {
     send: Lock<Outgoing>,
     /// The errno with which it has ended; 0 while it has not.
     broken: AtomicI32,
-    /// SO_RCVLOWAT has been raised.
-    raised: AtomicBool,
+    /// What SO_RCVLOWAT has been raised to; 0: it has not.
+    raised: AtomicUsize,
     /// The client waits for a KeyUpdate, which comes before the next data.
     owes_update: AtomicBool,
     /// `close_notify` has been sent.
@@ -58,7 +59,7 @@ impl Layer {
             receive: Lock::new(state.incoming().ok()?),
             send: Lock::new(state.outgoing().ok()?),
             broken: AtomicI32::new(0),
-            raised: AtomicBool::new(false),
+            raised: AtomicUsize::new(0),
             owes_update: AtomicBool::new(false),
             said_goodbye: AtomicBool::new(false),
             common: Common::new()?,
@@ -80,7 +81,7 @@ impl Layer {
             return None;
         }
         self.pay_update(fd, &mut outgoing);
-        let (received, used) = incoming.state();
+        let (received, used) = incoming.state()?;
         let state = TlsState {
             version: self.version,
             cipher: self.cipher,

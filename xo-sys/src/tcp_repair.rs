@@ -21,7 +21,7 @@ use xo_proto::reason::Reason;
 
 use crate::raw::{self, sys};
 
-pub use dump::{Ends, dump, dump_drained, ends, options, unsent};
+pub use dump::{Ends, dump, dump_drained, ends, options, receive_memory, unsent};
 pub use restore::{Repaired, SpareSockets, apply_options, restore};
 
 /// Leave repair mode without a window probe (`TCP_REPAIR_OFF_NO_WP`).
@@ -34,6 +34,7 @@ const TCP_ULP: i32 = 31;
 const SO_BUF_LOCK: i32 = 72;
 const SO_MEMINFO: i32 = 55;
 /// Indices of SO_MEMINFO's numbers (linux/sock_diag.h).
+const SK_MEMINFO_RMEM_ALLOC: usize = 0;
 const SK_MEMINFO_RCVBUF: usize = 1;
 const SK_MEMINFO_SNDBUF: usize = 3;
 const SIOCOUTQNSD: i32 = 0x894b;

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libc::{c_int, iovec};
-use xo_proto::tls::{Control, HEADER, Incoming, MAX_RECORD};
-use xo_sys::raw;
+use xo_proto::tls::{Control, Incoming, MAX_RECORD};
+use xo_sys::{raw, tcp_repair};
 use zeroize::Zeroize;
 
 use super::Layer;
@@ -62,9 +62,9 @@ impl Layer {
                 Ok(Filled::Nothing) if done > 0 && !whole => break,
                 Ok(Filled::Nothing) if nonblocking => return or_failed(done, libc::EAGAIN),
                 Ok(Filled::Nothing) => {
-                    let need = incoming.need();
+                    let taken = self.take(fd, &mut incoming);
                     drop(incoming);
-                    if let Err(errno) = wait(fd, need, &mut end) {
+                    if let Err(errno) = taken.and_then(|()| wait(fd, &mut end)) {
                         return or_failed(done, errno);
                     }
                 }
@@ -99,9 +99,9 @@ impl Layer {
                 Filled::End => return Ok(0),
                 Filled::Nothing if nonblocking => return Err(libc::EAGAIN),
                 Filled::Nothing => {
-                    let need = incoming.need();
+                    self.take(fd, &mut incoming)?;
                     drop(incoming);
-                    wait(fd, need, &mut end)?;
+                    wait(fd, &mut end)?;
                 }
             }
         }
@@ -171,13 +171,15 @@ impl Layer {
     }
 
     /// Of `n` bytes in the socket there is no further complete record.
-    fn incomplete(&self, fd: c_int, incoming: &Incoming, n: usize) -> Result<Filled, i32> {
+    fn incomplete(&self, fd: c_int, incoming: &mut Incoming, n: usize) -> Result<Filled, i32> {
         match incoming.end() {
             Some(Some(alert)) if incoming.data().is_empty() => return Err(self.give_up(fd, alert)),
             _ if !incoming.data().is_empty() => {
                 self.quiet(fd, None);
                 return Ok(Filled::Data);
             }
+            // Its client has closed in the middle of a record.
+            _ if n == 0 && incoming.has_taken() => return Err(self.fail(libc::ECONNRESET)),
             _ if n == 0 => return Ok(Filled::End),
             _ => {}
         }
@@ -185,14 +187,36 @@ impl Layer {
             // Its client has closed in the middle of a record.
             return Err(self.fail(libc::ECONNRESET));
         }
-        self.quiet(fd, Some(incoming.need().max(HEADER)));
+        // Not even that keeps the kernel from waking the server when the client may not send more, and then it never will.
+        let again = self.raised.load(Ordering::Acquire) == incoming.need();
+        if again || tcp_repair::receive_memory(fd).is_ok_and(|(used, limit)| used > limit / 3) {
+            self.take(fd, incoming)?;
+        }
+        self.quiet(fd, Some(incoming.need()));
         Ok(Filled::Nothing)
+    }
+
+    /// Takes the beginning of a record out of the socket. The kernel keeps a segment, which may be as large as its buffer, until
+    /// the last byte of it has been read; so a few bytes can leave no room for the rest of their record.
+    fn take(&self, fd: c_int, incoming: &mut Incoming) -> Result<(), i32> {
+        if incoming.opened() > 0 {
+            return Ok(());
+        }
+        let mut queue = vec![0; incoming.need()];
+        match raw::peek(fd, &mut queue, libc::MSG_DONTWAIT) {
+            // Complete by now: the next look opens it.
+            Ok(n) if n < queue.len() => {
+                incoming.take(queue.get(..n).unwrap_or_default());
+                self.drop_records(fd, n)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Level-triggered waiting stays quiet until so many bytes are in the socket; `None`: as usual.
     fn quiet(&self, fd: c_int, until: Option<usize>) {
-        let raised = self.raised.swap(until.is_some(), Ordering::AcqRel);
-        if raised || until.is_some() {
+        let raised = self.raised.swap(until.unwrap_or_default(), Ordering::AcqRel);
+        if raised != 0 || until.is_some() {
             let low = until.map_or(1, |n| i32::try_from(n).unwrap_or(i32::MAX));
             let _ = raw::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low);
         }
@@ -239,12 +263,11 @@ impl Layer {
     }
 }
 
-/// Waits as a blocking read does, until `need` bytes are in the socket.
-fn wait(fd: c_int, need: usize, end: &mut Option<Option<Duration>>) -> Result<(), i32> {
+/// Waits as a blocking read does, until something is in the socket.
+fn wait(fd: c_int, end: &mut Option<Option<Duration>>) -> Result<(), i32> {
     let end = *end.get_or_insert_with(|| raw::receive_timeout(fd).map(|t| raw::monotonic() + t));
     // With the kernel's own time limit, and its own way with signals.
-    raw::peek(fd, &mut vec![0; need], libc::MSG_WAITALL)
-        .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
+    raw::peek(fd, &mut [0], 0).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
     if end.is_some_and(|end| raw::monotonic() >= end) { Err(libc::EAGAIN) } else { Ok(()) }
 }
 

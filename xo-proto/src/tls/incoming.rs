@@ -1,5 +1,6 @@
 //! The receiving half of a record layer, without I/O: records stay in the queue that they came by until the content of each
-//! has been used up, so that at any moment the queue and a [`Direction`] are all that another machine needs.
+//! has been used up, so that at any moment the queue and a [`Direction`] are all that another machine needs. The exception is a
+//! record that the queue has no room for ([`Incoming::take`]).
 
 use std::collections::VecDeque;
 
@@ -59,6 +60,8 @@ struct Record {
     /// Its data that has not been used up, bytes.
     plain: usize,
     kind: Kind,
+    /// Its beginning is not in the queue any more.
+    split: bool,
 }
 
 /// What has been opened of one direction.
@@ -77,6 +80,8 @@ pub struct Incoming {
     from: usize,
     /// So much has to be in the queue for another record to be complete.
     need: usize,
+    /// The beginning of the next record, taken from the queue.
+    ahead: Vec<u8>,
     /// Nothing is opened any more: the connection has been closed by its client, or (with an alert to be sent) cannot go on.
     end: Option<Option<u8>>,
 }
@@ -96,15 +101,31 @@ impl Incoming {
             plain: Vec::new(),
             from: 0,
             need: HEADER,
+            ahead: Vec::new(),
             end: None,
         }
     }
 
     /// Where the direction stands at the front of the queue, and how many bytes of the data of the record there have been
-    /// used up: see [`super::TlsState::shorten`].
+    /// used up: see [`super::TlsState::shorten`]. `None` while a part of that record is not in the queue.
     #[must_use]
-    pub fn state(&self) -> (Direction, usize) {
-        (self.front.clone(), self.used)
+    pub fn state(&self) -> Option<(Direction, usize)> {
+        let split = !self.ahead.is_empty() || self.records.front().is_some_and(|r| r.split);
+        (!split).then(|| (self.front.clone(), self.used))
+    }
+
+    /// Is a record's beginning kept here?
+    #[must_use]
+    pub fn has_taken(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Takes the queue, which is the beginning of one record and has no room for the rest of it: it is to be dropped. Only when
+    /// no opened record is in the queue.
+    pub fn take(&mut self, queue: &[u8]) {
+        debug_assert!(self.records.is_empty(), "what was opened comes first");
+        self.ahead.extend_from_slice(queue);
+        self.need = self.need.saturating_sub(queue.len()).max(1);
     }
 
     /// Data that is there.
@@ -134,6 +155,12 @@ impl Incoming {
     /// Opens the complete records of `queue`, the socket's from its front on, that have not been opened yet, but no more of them
     /// once `enough` bytes of data are there. The queue's bytes are overwritten.
     pub fn open(&mut self, queue: &mut [u8], enough: usize) {
+        if !self.ahead.is_empty() && self.end.is_none() {
+            self.open_split(queue);
+            if !self.ahead.is_empty() {
+                return;
+            }
+        }
         while self.end.is_none() && self.data().len() < enough {
             let rest = queue.get_mut(self.wire..).unwrap_or_default();
             let Some(header) = Header::parse(rest) else {
@@ -145,7 +172,7 @@ impl Incoming {
             };
             self.need = self.wire + header.total();
             let Some(record) = rest.get_mut(..header.total()) else { return };
-            match self.record(record) {
+            match self.record(record, header.total()) {
                 Ok(()) => {
                     self.wire += header.total();
                     self.need = self.wire + HEADER;
@@ -155,8 +182,33 @@ impl Incoming {
         }
     }
 
-    fn record(&mut self, record: &mut [u8]) -> Result<(), u8> {
-        let wire = record.len();
+    /// The record whose beginning was taken.
+    fn open_split(&mut self, queue: &[u8]) {
+        let mut record = self.ahead.clone();
+        record.extend_from_slice(queue);
+        let Some(header) = Header::parse(&record) else {
+            self.need = HEADER.saturating_sub(self.ahead.len()).max(1);
+            if record.len() >= HEADER {
+                self.end = Some(Some(alert::DECODE_ERROR));
+            }
+            return;
+        };
+        let missing = header.total().saturating_sub(self.ahead.len());
+        self.need = missing;
+        let Some(record) = record.get_mut(..header.total()) else { return };
+        match self.record(record, missing) {
+            Ok(()) => {
+                self.ahead = Vec::new();
+                self.wire = missing;
+                self.need = missing + HEADER;
+            }
+            Err(alert) => self.end = Some(Some(alert)),
+        }
+    }
+
+    /// A record of which `wire` bytes are in the queue.
+    fn record(&mut self, record: &mut [u8], wire: usize) -> Result<(), u8> {
+        let split = wire < record.len();
         let opened = self.opener.open(record).map_err(|e| match e {
             TlsError::Decrypt => alert::BAD_RECORD_MAC,
             _ => alert::UNEXPECTED_MESSAGE,
@@ -180,7 +232,7 @@ impl Incoming {
             Kind::Control(Control::Close | Control::Alert) => self.end = Some(None),
             _ => {}
         }
-        self.records.push_back(Record { wire, plain, kind });
+        self.records.push_back(Record { wire, plain, kind, split });
         Ok(())
     }
 

@@ -9,8 +9,8 @@ use xo_proto::reason::Reason;
 
 use super::{
     ESTABLISHED, ON, OPT_SACK, OPT_TIMESTAMPS, OPT_USEC_TS, OPT_WSCALE, RECV_QUEUE, RepairError,
-    RepairWindow, SEND_QUEUE, SIOCOUTQNSD, SK_MEMINFO_RCVBUF, SK_MEMINFO_SNDBUF, SO_BUF_LOCK, SO_MEMINFO,
-    Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo, address_of, get_u32, resume, set,
+    RepairWindow, SEND_QUEUE, SIOCOUTQNSD, SK_MEMINFO_RCVBUF, SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_SNDBUF,
+    SO_BUF_LOCK, SO_MEMINFO, Step, TCP_REPAIR_WINDOW, TCP_ULP, TcpInfo, address_of, get_u32, resume, set,
 };
 use crate::raw::{self, sys};
 
@@ -154,6 +154,17 @@ fn receive_window(w: &RepairWindow, rcv_nxt: u32, info: &TcpInfo) -> u32 {
     let offered = w.rcv_wup.wrapping_add(w.rcv_wnd).wrapping_sub(rcv_nxt);
     let offered = if offered > i32::MAX as u32 { 0 } else { offered };
     offered.max(info.rcv_ssthresh.next_multiple_of(1 << (info.wscale >> 4)))
+}
+
+/// Memory that the receive queue takes, and its limit, bytes (SO_MEMINFO). The first may be many times what can be read: a
+/// segment counts until all of it has been.
+///
+/// # Errors
+/// The kernel's.
+pub fn receive_memory(fd: RawFd) -> io::Result<(u32, u32)> {
+    let mut memory = [0_u32; 9];
+    raw::getsockopt(fd, libc::SOL_SOCKET, SO_MEMINFO, &mut memory)?;
+    Ok((memory[SK_MEMINFO_RMEM_ALLOC], memory[SK_MEMINFO_RCVBUF]))
 }
 
 fn buffers(fd: RawFd) -> io::Result<Buffers> {

@@ -60,7 +60,7 @@ impl Reader {
 
     /// What another machine gets: the state at the front, and the queue that begins there.
     fn moved(&self, state: &TlsState) -> Reader {
-        let (received, used) = self.incoming.state();
+        let (received, used) = self.incoming.state().expect("whole records");
         let suite = state.suite().expect("a suite");
         let mut queue = self.queue.clone();
         shorten(&mut queue, suite, &received, used).expect("shortened");
@@ -239,6 +239,47 @@ fn what_does_not_belong_there_is_told_by_an_alert() {
             let came = incoming.control().ok_or(incoming.end().flatten());
             assert_eq!(came, expected, "{:?} {wire:02x?}", state.version);
             assert_eq!(incoming.data(), b"");
+        }
+    }
+}
+
+/// A queue without room for the whole of a record: its beginning is taken, at every place, in one or two pieces.
+#[test]
+fn beginnings_of_records_are_taken_from_the_queue() {
+    for state in all() {
+        let mut records = Vec::new();
+        let mut sealer = client(&state);
+        for data in [&b"the first"[..], b"the second", b"the third"] {
+            sealer.seal(Content::Data, data, &mut records).expect("sealed");
+        }
+        let first = Header::parse(&records).expect("a header").total();
+        for at in 1..first {
+            for second in [at, (at + first) / 2] {
+                let mut r = Reader::new(&state);
+                let mut begin = 0;
+                for end in [at, second] {
+                    r.arrive(&records[begin..end]);
+                    assert_eq!(r.look(100), b"", "{at} {second}");
+                    r.incoming.take(&r.queue);
+                    r.queue.clear();
+                    assert!(r.incoming.need() <= first - end, "{at} {second}");
+                    assert!(r.incoming.state().is_none(), "another machine would not have all of it");
+                    begin = end;
+                }
+                r.arrive(&records[begin..]);
+                assert_eq!(r.look(5), b"the first", "{at} {second}");
+                assert_eq!(r.take(3), b"the");
+                assert!(r.incoming.state().is_none());
+                assert_eq!(r.take(6), b" first");
+                // From here on everything is in the queue.
+                assert_eq!(
+                    r.incoming.state().map(|(d, used)| (d.seq - state.received.seq, used)),
+                    Some((1, 0))
+                );
+                assert_eq!(r.queue, records[first..]);
+                assert_eq!(r.take(100), b"the secondthe third");
+                assert!(r.queue.is_empty());
+            }
         }
     }
 }
