@@ -17,6 +17,7 @@ use xo_proto::ipc::{Deliver, FromDaemon};
 use xo_proto::slot::{DELIVERY_CLOSED, WAKE_PORTS};
 use xo_sys::fdpass;
 use xo_sys::slots::SlotTable;
+use zeroize::Zeroize;
 
 use crate::engine::{Engine, ServedKey, Timer};
 use crate::ipc::{self, Library};
@@ -74,6 +75,7 @@ impl Channel {
             if let Ok(FromDaemon::Deliver(deliver)) = decode_local(&buffer[..n]) {
                 all.push((deliver, OwnedFd::from(fd)));
             }
+            buffer[..n].zeroize();
         }
         all.extend(self.outbox.drain(..));
         all
@@ -267,11 +269,13 @@ impl Engine {
             let Some(key) = self.served.iter().find(|(_, s)| is_it(&s.place)).map(|(k, _)| k.clone()) else {
                 continue;
             };
+            let client = deliver.client;
             if let Some(served) = self.served.get_mut(&key) {
                 std::mem::replace(&mut served.place, Place::None).free(&mut self.libraries);
+                served.tls = deliver.tls;
             }
-            if let Err(e) = self.attach(&key, acceptor.address.port(), None, deliver.client, socket) {
-                log::warn!("the connection of {} ends: {e}", deliver.client);
+            if let Err(e) = self.attach(&key, acceptor.address.port(), None, client, socket) {
+                log::warn!("the connection of {client} ends: {e}");
                 self.expect_end(&key);
             }
         }

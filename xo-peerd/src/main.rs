@@ -17,6 +17,7 @@ mod metrics;
 mod metrics_http;
 mod onward;
 mod peer;
+mod peers;
 mod pool;
 mod recent;
 mod recover;

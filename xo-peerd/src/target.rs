@@ -43,7 +43,7 @@ pub(crate) struct Served {
     /// Moves on behalf of the request that waits in it.
     pub(crate) moves: u8,
     pub(crate) begin: Option<Box<BeginOffload>>,
-    /// Its TLS, if it has any, until the process has it that accepts the connection.
+    /// Its TLS, if it has any, until it is sent to the process that accepts the connection.
     pub(crate) tls: Option<TlsState>,
     pub(crate) restored: Option<Repaired>,
     /// Early order: a duplicate of the live socket, until the host has confirmed.
@@ -127,11 +127,11 @@ impl Served {
         }
     }
 
-    /// What is said with it to the process that accepts it.
-    pub(crate) fn deliver(&self, delivery: u32) -> Deliver {
+    /// What is said with it to the process that accepts it. Its secrets go with that, and do not stay here.
+    pub(crate) fn deliver(&mut self, delivery: u32) -> Deliver {
         let home = node_id(&self.origin.node);
         let guest = !self.origin.here;
-        Deliver { delivery, client: self.client, guest, home, moves: self.moves, tls: self.tls.clone() }
+        Deliver { delivery, client: self.client, guest, home, moves: self.moves, tls: self.tls.take() }
     }
 
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.

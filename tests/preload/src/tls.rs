@@ -31,11 +31,10 @@ pub const SUITES: [Suite; 8] = [
     ("TLSv1.2", "AES256-GCM-SHA384"),
 ];
 
-/// A client on TLS: `client.py ADDRESS PORT ROOT OPTIONS`. Options are JSON: `version`, `alpn`, `chunk` (bytes for each record that
-/// is sent), `connections` (later ones resume the first's session), `steps` (`["GET", path]` or `["PUT", path, size]`). What is
-/// served is compared with the file below ROOT, and so is what was uploaded.
-const CLIENT: &str = r#"
-import http.client, json, os, socket, ssl, sys, time
+/// What clients in Python begin with: `address`, `port`, `root` and `options` of the command line, and a `context` of the
+/// version and ciphers that the options name.
+pub(crate) const CLIENT_HEAD: &str = r#"
+import json, os, socket, ssl, sys, time
 
 address, port, root, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -45,6 +44,14 @@ if 'version' in options:
     context.minimum_version = context.maximum_version = version
 if 'ciphers' in options:
     context.set_ciphers(options['ciphers'])
+"#;
+
+/// A client on TLS: `client.py ADDRESS PORT ROOT OPTIONS`. Options are JSON: `version`, `alpn`, `chunk` (bytes for each record that
+/// is sent), `connections` (later ones resume the first's session), `steps` (`["GET", path]` or `["PUT", path, size]`). What is
+/// served is compared with the file below ROOT, and so is what was uploaded.
+const CLIENT: &str = r#"
+import http.client
+
 if 'alpn' in options:
     context.set_alpn_protocols(options['alpn'])
 session, connections = None, []
@@ -287,7 +294,7 @@ impl Https {
     /// # Panics
     /// When it fails.
     pub fn client(&self, port: u16, suite: Option<Suite>, mut options: Value) -> Value {
-        let script = self.bed.file("client.py", CLIENT);
+        let script = self.bed.file("client.py", &format!("{CLIENT_HEAD}{CLIENT}"));
         let mut command = Command::new("python3");
         command.arg(script).args([address("host"), port.to_string()]).arg(self.bed.root("host"));
         if let Some(suite) = suite {

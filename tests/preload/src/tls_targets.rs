@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::content;
 use crate::program::Program;
 use crate::servers::{PEER_PORT, address};
-use crate::tls::{Https, Suite};
+use crate::tls::{CLIENT_HEAD, Https, Suite};
 
 /// Where the targets' servers listen.
 pub const PLAIN: u16 = 8080;
@@ -159,16 +159,7 @@ impl Https {
 /// A client that has every record in its own hands: `wire.py ADDRESS PORT ROOT OPTIONS BODY`. BODY is Python; what it leaves in
 /// `result` is printed.
 const WIRE: &str = r#"
-import json, os, socket, ssl, sys, time
-
-address, port, root, options, body = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-if 'version' in options:
-    version = getattr(ssl.TLSVersion, options['version'].replace('.', '_'))
-    context.minimum_version = context.maximum_version = version
-if 'ciphers' in options:
-    context.set_ciphers(options['ciphers'])
+body = sys.argv[5]
 
 class Wire:
     def __init__(self, rcvbuf=None):
@@ -391,7 +382,7 @@ impl Https {
     /// # Panics
     /// When it fails.
     pub fn wire(&self, suite: Suite, body: &str) -> Value {
-        let script = self.bed.file("wire.py", WIRE);
+        let script = self.bed.file("wire.py", &format!("{CLIENT_HEAD}{WIRE}"));
         let mut command = Command::new("python3");
         let options = self.say_suite(&mut command, suite, json!({}));
         command.arg(script).args([address("host"), "443".into()]).arg(self.bed.root("host"));

@@ -169,7 +169,8 @@ pub(super) fn dump(flow: &mut HostFlow) -> Result<(), Reason> {
     match result {
         Ok(mut record) => {
             record.local = flow.public;
-            record.tls = flow.tls.clone();
+            // Only while it may still be needed here: the record goes when the target has the connection.
+            record.tls = flow.tls.take();
             if let Some(tls) = &record.tls
                 && let Err(e) = tls.shorten(&mut record.tcp.received, flow.used)
             {
