@@ -253,6 +253,13 @@ class Bed:
             # Each worker has an IPv4 and an IPv6 socket.
             ready = lambda: (self.status(node) or {}).get("acceptors", {}).get("web", 0) >= 2 * workers
             self._wait(f"the handler on {node}", f"{node}-peerd", None, ready)
+        for node in self.nodes:
+            self._wait(f"all targets for {node}", f"{node}-peerd", None, lambda: self._sees_all(node))
+
+    def _sees_all(self, node):
+        """Has each of its policy's other machines reported?"""
+        targets = (self.status(node) or {}).get("targets")
+        return targets is not None and all(t["state"] == "up" for t in targets if t["node"] != node)
 
     def _wait(self, what, name, program, ready):
         end = time.monotonic() + STARTUP_S
