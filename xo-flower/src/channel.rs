@@ -1,13 +1,17 @@
 //! The exchange with the kernel: blocking, one request at a time.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr as FlowAddress};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr as FlowAddress};
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcAttribute, TcFilterFlowerOption, TcMessage, TcOption, TcStats2,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
@@ -20,6 +24,8 @@ const PROBE_PREFERENCE: u16 = 0xfff0;
 /// linux/errno.h.
 const ENOENT: i32 = 2;
 const EEXIST: i32 = 17;
+const ENODEV: i32 = 19;
+const EINVAL: i32 = 22;
 
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]
@@ -65,14 +71,14 @@ impl Channel {
         Ok(Channel { socket, sequence: 0 })
     }
 
-    /// Gives an interface a clsact, if it has none.
+    /// Gives an interface a clsact; `false`: it has one already.
     ///
     /// # Errors
     /// `Refused`, `Exchange`.
-    pub fn clsact(&mut self, interface: u32) -> Result<(), Error> {
+    pub fn clsact(&mut self, interface: u32) -> Result<bool, Error> {
         match self.ask(rule::clsact(interface)) {
-            Err(Error::Refused(e)) if e.raw_os_error() == Some(EEXIST) => Ok(()),
-            other => other.map(drop),
+            Err(Error::Refused(e)) if e.raw_os_error() == Some(EEXIST) => Ok(false),
+            other => other.map(|_| true),
         }
     }
 
@@ -84,15 +90,70 @@ impl Channel {
         self.ask(rule::add(rule)?).map(drop)
     }
 
-    /// Removes a rule. One that is gone already is fine.
+    /// Removes a rule. One that is gone already is fine, alone or with its clsact or its interface.
     ///
     /// # Errors
     /// `Refused`, `Exchange`.
     pub fn remove(&mut self, rule: &Rule) -> Result<(), Error> {
-        match self.ask(rule::remove(rule)) {
-            Err(Error::Refused(e)) if e.raw_os_error() == Some(ENOENT) => Ok(()),
-            other => other.map(drop),
+        gone(self.ask(rule::remove(rule)))
+    }
+
+    /// Removes all rules of a preference (and the next higher one, for IPv6) from an interface.
+    ///
+    /// # Errors
+    /// `Refused`, `Exchange`.
+    pub fn remove_all(&mut self, interface: u32, hook: Hook, preference: u16) -> Result<(), Error> {
+        [false, true]
+            .into_iter()
+            .try_for_each(|v6| gone(self.ask(rule::remove_all(interface, hook, preference, v6))))
+    }
+
+    /// Ethernet address of an interface; `None` where it has none.
+    ///
+    /// # Errors
+    /// `Refused` (ENODEV), `Exchange`, `Answer`.
+    pub fn ethernet(&mut self, interface: u32) -> Result<Option<[u8; 6]>, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = interface;
+        let Some(RouteNetlinkMessage::NewLink(link)) =
+            self.ask(question(RouteNetlinkMessage::GetLink(message)))?
+        else {
+            return Ok(None);
+        };
+        Ok(link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
+            _ => None,
+        }))
+    }
+
+    /// Ethernet address of a neighbour, if the kernel knows it.
+    ///
+    /// # Errors
+    /// `Refused`, `Exchange`, `Answer`.
+    pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Result<Option<[u8; 6]>, Error> {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = interface;
+        let (family, address) = match address {
+            IpAddr::V4(ip) => (AddressFamily::Inet, NeighbourAddress::Inet(ip)),
+            IpAddr::V6(ip) => (AddressFamily::Inet6, NeighbourAddress::Inet6(ip)),
+        };
+        message.header.family = family;
+        message.attributes.push(NeighbourAttribute::Destination(address));
+        let answer = match self.ask(question(RouteNetlinkMessage::GetNeighbour(message))) {
+            Err(Error::Refused(e)) if e.raw_os_error() == Some(ENOENT) => return Ok(None),
+            other => other?,
+        };
+        let Some(RouteNetlinkMessage::NewNeighbour(found)) = answer else { return Ok(None) };
+        if matches!(
+            found.header.state,
+            NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None
+        ) {
+            return Ok(None);
         }
+        Ok(found.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
+            _ => None,
+        }))
     }
 
     /// How many packets have met the rule.
@@ -101,16 +162,28 @@ impl Channel {
     /// `Refused` (ENOENT when there is none), `Exchange`, `Answer`.
     pub fn packets(&mut self, rule: &Rule) -> Result<u64, Error> {
         let answer = self.ask(rule::get(rule))?;
-        let shown = answer.as_ref().and_then(last_action).and_then(counted);
+        let shown = match &answer {
+            Some(RouteNetlinkMessage::NewTrafficFilter(rule)) => last_action(rule).and_then(counted),
+            _ => None,
+        };
         shown.map(u64::from).ok_or_else(|| Error::Answer("a rule without counters".into()))
     }
 
-    /// Tries with a rule for a connection that cannot be (0.0.0.0 to itself). The interface has a clsact afterwards.
+    /// Tries with a rule for a connection that cannot be (0.0.0.0 to itself). The interface has a clsact afterwards if it takes rules of
+    /// some kind, or had one.
     ///
     /// # Errors
     /// `Refused` when there can be no clsact, `Exchange`.
     pub fn probe(&mut self, interface: u32) -> Result<Taken, Error> {
-        self.clsact(interface)?;
+        let added = self.clsact(interface)?;
+        let taken = self.try_both(interface);
+        if added && !matches!(taken, Ok(t) if t.software || t.hardware) {
+            self.ask(rule::remove_clsact(interface))?;
+        }
+        taken
+    }
+
+    fn try_both(&mut self, interface: u32) -> Result<Taken, Error> {
         let nobody = FlowAddress::from((Ipv4Addr::UNSPECIFIED, 0));
         let rewrite = Rewrite {
             source: None,
@@ -127,6 +200,7 @@ impl Channel {
                 handle: 1,
                 source: nobody,
                 destination: nobody,
+                ends: false,
                 rewrite,
             };
             match self.add(&rule) {
@@ -138,8 +212,11 @@ impl Channel {
         Ok(Taken { software: takes(Place::Software)?, hardware: takes(Place::Hardware)? })
     }
 
-    /// One request; the rule that comes in answer, if one does.
-    fn ask(&mut self, mut request: NetlinkMessage<RouteNetlinkMessage>) -> Result<Option<TcMessage>, Error> {
+    /// One request; what comes in answer besides the acknowledgement, if anything does.
+    fn ask(
+        &mut self,
+        mut request: NetlinkMessage<RouteNetlinkMessage>,
+    ) -> Result<Option<RouteNetlinkMessage>, Error> {
         self.sequence = self.sequence.wrapping_add(1);
         request.header.sequence_number = self.sequence;
         let mut bytes = vec![0; request.buffer_len()];
@@ -161,13 +238,26 @@ impl Channel {
                 match answer.payload {
                     NetlinkPayload::Error(e) if e.code.is_none() => return Ok(shown),
                     NetlinkPayload::Error(e) => return Err(Error::Refused(e.to_io())),
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(rule)) => {
-                        shown = Some(rule);
-                    }
+                    NetlinkPayload::InnerMessage(answer) => shown = Some(answer),
                     _ => {}
                 }
             }
         }
+    }
+}
+
+fn question(message: RouteNetlinkMessage) -> NetlinkMessage<RouteNetlinkMessage> {
+    let mut request = NetlinkMessage::from(message);
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    request.finalize();
+    request
+}
+
+/// Removed, or not there: ENOENT says that the rule is not, EINVAL that the clsact is not, ENODEV that the interface is not.
+fn gone(result: Result<Option<RouteNetlinkMessage>, Error>) -> Result<(), Error> {
+    match result {
+        Err(Error::Refused(e)) if matches!(e.raw_os_error(), Some(ENOENT | EINVAL | ENODEV)) => Ok(()),
+        other => other.map(drop),
     }
 }
 
@@ -205,5 +295,13 @@ mod tests {
             let e = channel.probe(u32::MAX >> 1).expect_err("there is no such interface");
             assert!(matches!(&e, Error::Refused(e) if e.raw_os_error().is_some()), "{e}");
         }
+    }
+
+    #[test]
+    fn the_loopback_has_an_address_and_no_neighbours() {
+        let mut channel = Channel::open().expect("a netlink socket");
+        assert_eq!(channel.ethernet(1).expect("a link"), Some([0; 6]));
+        let nobody = IpAddr::from([192, 0, 2, 1]);
+        assert_eq!(channel.neighbour(1, nobody).expect("an answer"), None);
     }
 }

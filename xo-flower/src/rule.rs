@@ -15,6 +15,8 @@ const IPPROTO_TCP: u8 = 6;
 /// TCA_CLS_FLAGS_*.
 const SKIP_HW: u32 = 1;
 const SKIP_SW: u32 = 2;
+/// Bits of the TCP header (RFC 9293, 3.1): FIN, SYN, RST.
+const BEGIN_OR_END: u16 = 0x07;
 
 /// Where packets meet a rule; both need the interface's clsact ([`clsact`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +66,8 @@ pub struct Rule {
     pub source: SocketAddr,
     /// Destination of the packets, of the same family.
     pub destination: SocketAddr,
+    /// Also those that begin or end the connection (SYN, FIN, RST). Who follows it must see them, and does not if a NIC takes them.
+    pub ends: bool,
     /// What to do with them.
     pub rewrite: Rewrite,
 }
@@ -100,11 +104,32 @@ pub fn get(rule: &Rule) -> NetlinkMessage<RouteNetlinkMessage> {
 /// A request for an interface's clsact, to which rules are attached; EEXIST when it has one.
 #[must_use]
 pub fn clsact(interface: u32) -> NetlinkMessage<RouteNetlinkMessage> {
+    request(RouteNetlinkMessage::NewQueueDiscipline(clsact_of(interface)), NLM_F_CREATE | NLM_F_EXCL)
+}
+
+fn clsact_of(interface: u32) -> TcMessage {
     let mut message = TcMessage::with_index(interface.cast_signed());
     message.header.parent = TcHandle::CLSACT;
     message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
     message.attributes.push(TcAttribute::Kind("clsact".into()));
-    request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL)
+    message
+}
+
+/// A request that removes all rules of a preference, of one family.
+#[must_use]
+pub fn remove_all(
+    interface: u32,
+    hook: Hook,
+    preference: u16,
+    v6: bool,
+) -> NetlinkMessage<RouteNetlinkMessage> {
+    request(RouteNetlinkMessage::DelTrafficFilter(name(interface, hook, preference, v6, 0)), 0)
+}
+
+/// A request that removes an interface's clsact, with all that is attached to it.
+#[must_use]
+pub fn remove_clsact(interface: u32) -> NetlinkMessage<RouteNetlinkMessage> {
+    request(RouteNetlinkMessage::DelQueueDiscipline(clsact_of(interface)), 0)
 }
 
 /// A rule that says something impossible.
@@ -123,22 +148,26 @@ fn check(rule: &Rule) -> Result<(), Unfit> {
 
 /// What names a rule: interface, hook, preference, protocol, handle.
 fn named(rule: &Rule) -> TcMessage {
-    let v6 = rule.source.is_ipv6();
-    let mut message = TcMessage::with_index(rule.interface.cast_signed());
-    let minor = match rule.hook {
+    name(rule.interface, rule.hook, rule.preference, rule.source.is_ipv6(), rule.handle)
+}
+
+/// Without a handle: all of this preference.
+fn name(interface: u32, hook: Hook, preference: u16, v6: bool, handle: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(interface.cast_signed());
+    let minor = match hook {
         Hook::Ingress => TcHandle::MIN_INGRESS,
         Hook::Egress => TcHandle::MIN_EGRESS,
     };
     message.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor };
-    message.header.handle = TcHandle::from(rule.handle);
-    let preference = rule.preference.saturating_add(v6.into());
+    message.header.handle = TcHandle::from(handle);
+    let preference = preference.saturating_add(v6.into());
     let protocol = if v6 { ETH_P_IPV6 } else { ETH_P_IP };
     message.header.info = u32::from(preference) << 16 | u32::from(protocol.to_be());
     message.attributes.push(TcAttribute::Kind("flower".into()));
     message
 }
 
-/// What a packet must be. Without masks, all bits count.
+/// What a packet must be. Where there is no mask, all bits count.
 fn keys(rule: &Rule) -> Vec<TcFilterFlowerOption> {
     use TcFilterFlowerOption as O;
     let protocol = if rule.source.is_ipv6() { ETH_P_IPV6 } else { ETH_P_IP };
@@ -151,7 +180,12 @@ fn keys(rule: &Rule) -> Vec<TcFilterFlowerOption> {
         IpAddr::V6(ip) => O::Ipv6Dst(ip),
     };
     let ports = [O::TcpSrc(rule.source.port()), O::TcpDst(rule.destination.port())];
-    [O::EthType(protocol), O::IpProto(IPPROTO_TCP), source, destination].into_iter().chain(ports).collect()
+    let mut keys = vec![O::EthType(protocol), O::IpProto(IPPROTO_TCP), source, destination];
+    keys.extend(ports);
+    if !rule.ends {
+        keys.extend([O::TcpFlags(0), O::TcpFlagsMask(BEGIN_OR_END)]);
+    }
+    keys
 }
 
 fn request(message: RouteNetlinkMessage, flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {

@@ -11,6 +11,7 @@ fn v4() -> Rule {
         handle: 0x1234,
         source: "10.1.0.2:40000".parse().expect("an address"),
         destination: "10.2.0.2:80".parse().expect("an address"),
+        ends: true,
         rewrite: Rewrite {
             source: None,
             destination: Some("10.3.0.2:8080".parse().expect("an address")),
@@ -112,6 +113,9 @@ fn a_rule_has_its_name_and_its_keys() {
     assert_eq!(options[0], O::EthType(0x86dd));
     assert_eq!(options[2], O::Ipv6Src("fd00:3::2".parse().expect("an address")));
     assert_eq!(options[6], O::Flags(1));
+
+    let (.., options) = sent(&Rule { ends: false, ..v4() });
+    assert_eq!(options[6..9], [O::TcpFlags(0), O::TcpFlagsMask(0x07), O::Flags(2)]);
 }
 
 /// `struct tc_pedit_key` of a word that is replaced.
