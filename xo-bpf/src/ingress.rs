@@ -10,7 +10,8 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
 use aya_ebpf::programs::TcContext;
 use xo_bpf_abi::{
-    Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FlowEntry, FlowKey, HeldHeader, MAX_HOPS, NextHop, Path,
+    Action, FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE, FlowEntry, FlowKey, HeldHeader, MAX_HOPS,
+    NextHop, Path,
 };
 
 use crate::count::{add, count};
@@ -65,9 +66,21 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         && packet.flags & ACK == 0
         && entry.flags & (FLAG_CLIENT_FIN | FLAG_CLIENT_RST) != 0
     {
+        if entry.flags & FLAG_RULE != 0 {
+            // The rule would take what follows.
+            count(Path::ReuseDropped);
+            return TC_ACT_SHOT;
+        }
         // The client has closed that connection and uses its port again: a new connection, for the host.
         // Counted where it was done, so that user space can tell how many entries are left.
         count(if FLOWS.remove(&packet.key).is_ok() { Path::Reused } else { Path::IngressMiss });
+        return TC_ACT_UNSPEC;
+    }
+    if entry.flags & FLAG_PASS != 0
+        && entry.action == Action::Redirect as u32
+        && packet.flags & (SYN | FIN | RST) == 0
+    {
+        count(Path::LeftToRule);
         return TC_ACT_UNSPEC;
     }
     let closing = if packet.flags & FIN != 0 { FLAG_CLIENT_FIN } else { 0 }

@@ -19,8 +19,9 @@ use xo_sys::fdpass;
 use xo_sys::slots::SlotTable;
 use zeroize::Zeroize;
 
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey};
 use crate::ipc::{self, Library};
+use crate::timers::Timer;
 
 /// How long a woken server may take to accept.
 const TAKE_PATIENCE: Duration = Duration::from_secs(5);
@@ -177,21 +178,16 @@ impl Engine {
         Ok(())
     }
 
-    /// The next process in turn that can accept a connection of this client on this port, with TLS (and come home with it) or
-    /// without: its number and the address it listens on.
+    /// The next process in turn that can accept a connection of this client on this port, with TLS (and begin with a handshake, as
+    /// it does on a port with TLS) or without: its number and the address it listens on.
     pub(crate) fn pick_acceptor(
         &mut self,
         port: u16,
         client: SocketAddr,
         tls: [bool; 2],
     ) -> Option<(usize, SocketAddr)> {
-        // A server with TLS of its own begins with a handshake, which its library must have taken part in before.
-        let answers = |a: &Acceptor| {
-            let slots = self.libraries.get(a.library).and_then(|l| l.slots.as_ref());
-            slots.is_some_and(|slots| slots.answers_for_tls())
-        };
-        let [comes_with, comes_home] = tls;
-        let can = |a: &Acceptor| (a.tls || !comes_with) && (!comes_home || answers(a));
+        let [comes_with, handshake] = tls;
+        let can = |a: &Acceptor| (a.tls || !comes_with) && (!handshake || self.answers(a));
         let native = |a: &Acceptor| a.address.is_ipv4() == client.is_ipv4();
         let dual = |a: &Acceptor| a.address.is_ipv6() && !a.v6only && client.is_ipv4();
         let turn = self.next_acceptor;
@@ -211,10 +207,16 @@ impl Engine {
         self.acceptors.iter().filter(|(_, a)| a.address.port() == port).count() as u64
     }
 
-    /// How those on a port serve connections that come with TLS.
-    pub(crate) fn tls_on(&self, port: u16) -> &'static str {
+    /// How those on a port, which has TLS itself or not, serve connections that come with TLS.
+    pub(crate) fn tls_on(&self, port: u16, handshake: bool) -> &'static str {
         let mut all = self.acceptors.iter().filter(|(_, a)| a.address.port() == port);
-        if all.any(|(_, a)| a.tls) { "library" } else { "no" }
+        if all.any(|(_, a)| a.tls && (!handshake || self.answers(a))) { "library" } else { "no" }
+    }
+
+    /// Can its server, which has TLS itself, be answered for by the library?
+    fn answers(&self, acceptor: &Acceptor) -> bool {
+        let slots = self.libraries.get(acceptor.library).and_then(|l| l.slots.as_ref());
+        slots.is_some_and(|slots| slots.answers_for_tls())
     }
 
     /// Gives a live connection to the process it was restored for, or to another that listens there.
@@ -227,7 +229,7 @@ impl Engine {
         socket: OwnedFd,
     ) -> io::Result<()> {
         let served = self.served.get(key);
-        let tls = served.map_or([false; 2], |s| [s.tls.is_some(), s.tls.is_some() && s.origin.here]);
+        let tls = served.map_or([false; 2], |s| [s.tls.is_some(), s.handshake]);
         let still = picked.filter(|n| self.acceptors.get(*n).is_some_and(|a| a.address.port() == port));
         let number = still
             .or_else(|| self.pick_acceptor(port, client, tls).map(|(number, _)| number))

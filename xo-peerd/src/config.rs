@@ -13,7 +13,13 @@ use serde::Deserialize;
 use toml::Spanned;
 use xo_proto::policy::position;
 
+use crate::ktls::{self, Records};
 use crate::reload::Loaded;
+
+mod steering;
+
+use self::steering::FileSteering;
+pub(crate) use self::steering::{FlowerMode, Steering, Worth};
 
 /// Where the daemon listens for libraries by default.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";
@@ -57,6 +63,8 @@ pub(crate) struct Config {
     pub(crate) tls: Option<TlsFiles>,
     /// The peer channel is plain TCP without authentication.
     pub(crate) insecure: bool,
+    /// Who does the record layer of connections with TLS for handlers that are programs of their own.
+    pub(crate) tls_records: Records,
     /// Users whose processes may use the daemon, besides root and descendants of root's servers.
     pub(crate) users: Vec<u32>,
     /// Who serves the connections that come here.
@@ -95,6 +103,8 @@ pub(crate) enum HandlerMode {
     Attach {
         /// The port.
         port: u16,
+        /// The server speaks TLS itself there: only connections with TLS are for it.
+        tls: bool,
     },
     /// By one process for each connection, the socket on its descriptors 0 and 1.
     Exec {
@@ -138,17 +148,6 @@ pub(crate) enum Order {
     Strict,
 }
 
-/// Table sizes.
-#[derive(Clone, Debug)]
-pub(crate) struct Steering {
-    /// Entries in the flow table, and in the rewrite table.
-    pub(crate) max_flows: u32,
-    /// Room for held packets, bytes; a power of two.
-    pub(crate) hold_bytes: u32,
-    /// Where programs and maps are pinned, to outlive the daemon; `None`: they end with it.
-    pub(crate) pin_directory: Option<PathBuf>,
-}
-
 impl Default for Handoff {
     fn default() -> Self {
         Handoff {
@@ -158,12 +157,6 @@ impl Default for Handoff {
             spin: Duration::from_micros(250),
             carry: 256,
         }
-    }
-}
-
-impl Default for Steering {
-    fn default() -> Self {
-        Steering { max_flows: 65_536, hold_bytes: 4 << 20, pin_directory: None }
     }
 }
 
@@ -182,6 +175,7 @@ struct File {
     tls: Option<Spanned<TlsFiles>>,
     #[serde(default)]
     insecure: bool,
+    tls_records: Option<Spanned<Records>>,
     #[serde(default)]
     users: Vec<Spanned<String>>,
     #[serde(default)]
@@ -203,6 +197,7 @@ struct FileHandler {
     command: Option<Spanned<Vec<String>>>,
     workers: Option<Spanned<u32>>,
     socket: Option<Spanned<PathBuf>>,
+    tls: Option<Spanned<bool>>,
 }
 
 #[derive(Deserialize, Clone, Copy, PartialEq)]
@@ -221,14 +216,6 @@ struct FileLimits {
     spin_us: Option<u32>,
     carry_cwnd: Option<bool>,
     max_cwnd: Option<NonZeroU16>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields)]
-struct FileSteering {
-    max_flows: Option<Spanned<u32>>,
-    hold_bytes: Option<Spanned<u32>>,
-    pin_directory: Option<Spanned<PathBuf>>,
 }
 
 impl Config {
@@ -254,12 +241,7 @@ impl Config {
     #[must_use]
     pub(crate) fn embedded(socket: PathBuf, insecure: bool) -> Config {
         let node = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let directory = Path::new(DEFAULT_TLS);
-        let tls = TlsFiles {
-            ca: directory.join("ca.pem"),
-            cert: directory.join("node.pem"),
-            key: directory.join("node.key"),
-        };
+        let tls = TlsFiles::of(Path::new(DEFAULT_TLS), node.trim());
         Config {
             listen: None,
             socket,
@@ -269,12 +251,24 @@ impl Config {
             metrics: None,
             tls: (!insecure).then_some(tls),
             insecure,
+            // Nothing is served here but by servers under the library.
+            tls_records: Records::Library,
             users: Vec::new(),
             handlers: Vec::new(),
             handoff: Handoff::default(),
             steering: Steering { pin_directory: default_pins(node.trim()), ..Steering::default() },
             node: node.trim().to_owned(),
         }
+    }
+}
+
+impl TlsFiles {
+    /// In a directory as `xo-peerd certs` fills it; a node that has no files of its name has them by the name of `node`.
+    fn of(directory: &Path, node: &str) -> TlsFiles {
+        let named = directory.join(format!("{node}.pem"));
+        let name = if named.exists() { node } else { "node" };
+        let file = |end: &str| directory.join(format!("{name}.{end}"));
+        TlsFiles { ca: directory.join("ca.pem"), cert: file("pem"), key: file("key") }
     }
 }
 
@@ -293,7 +287,7 @@ impl File {
             return Err(fail(self.node.span().start, message));
         }
         for name in &self.interfaces {
-            if !is_interface(name.get_ref()) {
+            if interface_number(name.get_ref()).is_none() {
                 return Err(fail(name.span().start, format!("no interface `{}`", name.get_ref())));
             }
         }
@@ -305,6 +299,7 @@ impl File {
         if let Some(tls) = self.tls.as_ref().filter(|_| self.insecure) {
             return Err(fail(tls.span().start, "[tls] has no effect with `insecure = true`".into()));
         }
+        let tls_records = self.tls_records.map(|r| records(&r, fail)).transpose()?.unwrap_or_default();
         let socket = self.socket.unwrap_or_else(|| DEFAULT_SOCKET.into());
         let (mut names, mut taken) = (HashSet::new(), vec![socket.clone()]);
         let mut handlers = Vec::new();
@@ -336,6 +331,7 @@ impl File {
             metrics: self.metrics,
             tls: self.tls.map(Spanned::into_inner),
             insecure: self.insecure,
+            tls_records,
             handlers,
             handoff: self.limits.checked(self.handoff),
             steering,
@@ -347,7 +343,7 @@ impl FileHandler {
     /// `taken`: sockets that the file has named before, this handler's is added.
     fn checked(self, start: usize, taken: &mut Vec<PathBuf>, fail: Fail<'_>) -> Result<Handler, ConfigError> {
         let (name, allowed): (_, &[&str]) = match self.mode {
-            Mode::Attach => ("attach", &["port"]),
+            Mode::Attach => ("attach", &["port", "tls"]),
             Mode::Exec => ("exec", &["command"]),
             Mode::Pool => ("pool", &["command", "workers", "socket"]),
         };
@@ -356,6 +352,7 @@ impl FileHandler {
             ("command", self.command.as_ref().map(Spanned::span)),
             ("workers", self.workers.as_ref().map(Spanned::span)),
             ("socket", self.socket.as_ref().map(Spanned::span)),
+            ("tls", self.tls.as_ref().map(Spanned::span)),
         ];
         for (key, at) in given {
             if let Some(at) = at.filter(|_| !allowed.contains(&key)) {
@@ -364,7 +361,9 @@ impl FileHandler {
         }
         let command = self.command.map(|c| program(c, fail)).transpose()?;
         let mode = match (self.mode, self.port.map(Spanned::into_inner), command) {
-            (Mode::Attach, Some(port), _) if port != 0 => HandlerMode::Attach { port },
+            (Mode::Attach, Some(port), _) if port != 0 => {
+                HandlerMode::Attach { port, tls: self.tls.is_some_and(Spanned::into_inner) }
+            }
             (Mode::Attach, ..) => return Err(fail(start, "mode `attach` needs a `port`".into())),
             (Mode::Exec, _, Some(command)) => HandlerMode::Exec { command },
             (Mode::Exec, ..) => return Err(fail(start, "mode `exec` needs a `command`".into())),
@@ -439,34 +438,12 @@ impl FileLimits {
     }
 }
 
-impl FileSteering {
-    fn checked(self, node: &str, fail: Fail<'_>) -> Result<Steering, ConfigError> {
-        let mut steering = Steering { pin_directory: default_pins(node), ..Steering::default() };
-        if let Some(directory) = self.pin_directory {
-            let at = directory.span().start;
-            steering.pin_directory = match directory.into_inner() {
-                none if none == Path::new("none") => None,
-                path if path.starts_with("/sys/fs/bpf/") => Some(path),
-                path => {
-                    let message = format!("pin_directory {}: \"none\", or below /sys/fs/bpf", path.display());
-                    return Err(fail(at, message));
-                }
-            };
-        }
-        if let Some(n) = self.max_flows {
-            if *n.get_ref() == 0 {
-                return Err(fail(n.span().start, "max_flows is at least 1".into()));
-            }
-            steering.max_flows = n.into_inner();
-        }
-        if let Some(n) = self.hold_bytes {
-            if !n.get_ref().is_power_of_two() || *n.get_ref() < 1 << 17 {
-                return Err(fail(n.span().start, "hold_bytes is a power of two, at least 131072".into()));
-            }
-            steering.hold_bytes = n.into_inner();
-        }
-        Ok(steering)
+/// Who cannot be had is an error.
+fn records(said: &Spanned<Records>, fail: Fail<'_>) -> Result<Records, ConfigError> {
+    if *said.get_ref() == Records::Kernel {
+        ktls::available().map_err(|why| fail(said.span().start, format!("tls_records `kernel`: {why}")))?;
     }
+    Ok(*said.get_ref())
 }
 
 /// The error has the policy file's own position.
@@ -489,11 +466,12 @@ fn is_node_name(name: &str) -> bool {
         && name.split('.').all(label)
 }
 
-/// Asks the kernel: /sys may be that of another network namespace.
-fn is_interface(name: &str) -> bool {
-    let Ok(name) = CString::new(name) else { return false };
+/// Number of an interface. Asks the kernel: /sys may be that of another network namespace.
+pub(crate) fn interface_number(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
     // SAFETY: a C string, which is only read.
-    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+    let number = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (number != 0).then_some(number)
 }
 
 fn is_program(path: &Path) -> bool {

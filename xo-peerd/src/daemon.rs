@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use mio::Poll;
 use mio::net::TcpListener;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use socket2::Socket;
 use xo_proto::wire::{Hello, MAGIC, VERSION};
 use xo_sys::replay::RawSender;
@@ -20,6 +20,8 @@ use xo_sys::{fdpass, probe};
 
 use crate::config::Config;
 use crate::engine::{Engine, Parts};
+use crate::flower::Flower;
+use crate::ktls::KernelTls;
 use crate::links;
 use crate::metrics::Metrics;
 use crate::metrics_http::{self, Published};
@@ -79,6 +81,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         log::warn!("{e}: connections that come here begin with the window of a new one");
         config.handoff.carry = 0;
     }
+    let flower = Flower::open(&config, &mut steer);
     // Servers that find a socket wait for its answer, so it is there when all else is.
     let ipc_listener = listen_local(&config)?;
     let socket = config.socket.clone();
@@ -118,9 +121,11 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         metrics: Metrics::new(),
         published,
         steer,
+        flower,
         raw: RawSender::new().map_err(|e| format!("raw socket for held packets (CAP_NET_RAW): {e}"))?,
         diag: TcpLookup::new()?,
         tls,
+        kernel_tls: KernelTls::probe(config.tls_records),
         hello,
         state,
         pools: Pools::open(&config)?,
@@ -132,6 +137,7 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         peer_listener,
         signals: signals(&[SIGTERM, SIGINT])?,
         hangups: signals(&[SIGHUP])?,
+        children: signals(&[SIGCHLD])?,
         config,
     };
     let mut engine = Engine::new(parts)?;

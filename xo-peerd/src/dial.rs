@@ -10,9 +10,10 @@ use xo_proto::handoff::{HostEvent, HostState};
 use xo_proto::reason::Reason;
 use xo_proto::wire::HandoffId;
 
-use crate::engine::{Engine, Timer};
+use crate::engine::Engine;
 use crate::peer::{Peer, PeerError};
 use crate::target::Served;
+use crate::timers::Timer;
 use crate::tls::Tls;
 
 /// First pause after a failed connection; doubles up to [`LONGEST_PAUSE`].
@@ -114,7 +115,7 @@ impl Engine {
         let unneeded = |(node, dial): (&String, &Dial)| {
             let in_use = self.is_needed(node) || !dial.parked.is_empty();
             let serves = |s: &Served| *s.origin.node == **node;
-            (!in_use && !self.served.values().any(serves)).then(|| node.clone())
+            (!in_use && !self.served.values().any(|s| serves(s))).then(|| node.clone())
         };
         let nodes: Vec<_> = self.dials.iter().filter_map(unneeded).collect();
         for node in nodes {

@@ -2,8 +2,7 @@
 //! hand-off. What a message means stands in `host.rs`, `target.rs`, `ipc.rs`; this file only moves bytes
 //! and time.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -31,10 +30,13 @@ use crate::acceptor::{Acceptor, Place, Waiting, WakeLater};
 use crate::config::Config;
 use crate::dial::Dial;
 use crate::exec::Spawner;
+use crate::flower::Flower;
 use crate::host::HostFlow;
 use crate::ipc::Library;
+use crate::ktls::{Farewell, KernelTls};
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
+use crate::onward::Visit;
 use crate::peer::Peer;
 use crate::pool::Pools;
 use crate::recent::Recent;
@@ -44,6 +46,7 @@ use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
 use crate::targets::Targets;
+use crate::timers::{Timer, Timers};
 use crate::tls::Tls;
 
 const IPC_LISTENER: Token = Token(0);
@@ -91,35 +94,6 @@ pub(crate) fn is_fresh(late: Option<Duration>) -> bool {
     late.is_some_and(|late| late < LIMITS.fresh)
 }
 
-/// What is to happen at a time.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Timer {
-    /// The target has not answered.
-    HostDeadline(HandoffId),
-    /// Early order: the target has certainly given up what it was not confirmed.
-    HostDoubt(HandoffId),
-    /// `HOST_READY` or `CLOSED_ACK` has not come.
-    TargetDeadline(ServedKey),
-    /// Early order: `HOST_READY` has not come; the number of the question that armed it.
-    TargetFence(ServedKey, u32),
-    /// A parked request's peer has not come up, or a back-off is over.
-    Dial(String),
-    /// Packets may have been held while HOLD became REDIRECT.
-    DrainHeld,
-    /// It is settled that a guest is here, which its server has asked to move; or known by now whether a channel is quick.
-    Settled(HandoffId),
-    /// No packet comes by a detour any more.
-    Linger(HandoffId),
-    /// A machine that is to be told about a detour has not answered.
-    Detour(ServedKey),
-    /// A wake-up connection has not been taken.
-    Waiting(u16),
-    /// A worker has said much; there is more.
-    Worker(usize),
-    /// Look for closed connections.
-    Tick,
-}
-
 /// All state of the daemon.
 pub(crate) struct Engine {
     pub(crate) config: Config,
@@ -127,9 +101,11 @@ pub(crate) struct Engine {
     pub(crate) metrics: Metrics,
     pub(crate) published: Published,
     pub(crate) steer: Steer,
+    pub(crate) flower: Flower,
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
+    pub(crate) kernel_tls: KernelTls,
     pub(crate) hello: Hello,
     pub(crate) state: State,
     pub(crate) targets: Targets,
@@ -137,23 +113,28 @@ pub(crate) struct Engine {
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
+    /// Peers for which messages are queued until the end of this turn.
+    pub(crate) unflushed: Vec<usize>,
     pub(crate) dials: HashMap<String, Dial>,
     /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
     pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
-    pub(crate) hosted: HashMap<HandoffId, HostFlow>,
+    pub(crate) hosted: HashMap<HandoffId, Box<HostFlow>>,
     /// Hand-offs for which packets are held.
     pub(crate) with_held: Vec<HandoffId>,
-    pub(crate) served: HashMap<ServedKey, Served>,
+    /// Boxed, as the hosted ones are: many come and go, and the tables have room for several times as many.
+    pub(crate) served: HashMap<ServedKey, Box<Served>>,
     /// Connections served here by their keys in the steering tables, as this machine's sockets know them.
     pub(crate) by_flow: HashMap<FlowKey, ServedKey>,
     /// Connections that came by a detour, by the names that their homes have for them.
-    pub(crate) at_home: HashMap<ServedKey, Vec<ServedKey>>,
+    pub(crate) at_home: HashMap<ServedKey, Vec<Visit>>,
     /// Hand-offs that are not begun (any more): asked about before they came, or over.
     pub(crate) refused: Recent<ServedKey>,
     /// Connections served here that ended while there was no daemon; their hosts do not know.
     pub(crate) gone: Vec<(ServedKey, Entry, HandoffId)>,
     /// Deliveries of connections that were withdrawn or have left, until their processes close them.
     pub(crate) abandoned: Vec<Place>,
+    /// Connections whose handlers have done with them, and whose clients are still to be told.
+    pub(crate) farewells: Vec<Farewell>,
     pub(crate) acceptors: Slab<Acceptor>,
     pub(crate) next_acceptor: usize,
     pub(crate) waiting: HashMap<u16, Waiting>,
@@ -168,13 +149,14 @@ pub(crate) struct Engine {
     pub(crate) embedded: bool,
     /// Counters of processes that are gone.
     pub(crate) past_counters: [u64; COUNTERS],
-    timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    timers: Timers,
     /// Connections wait that could not be accepted: no descriptor was left. Nothing tells when there is one.
     pub(crate) accept_again: bool,
     ipc_listener: Socket,
     pub(crate) peer_listener: Option<TcpListener>,
     signals: UnixStream,
     hangups: UnixStream,
+    children: UnixStream,
     /// Told to stop: by then at the latest.
     pub(crate) stop_by: Option<Instant>,
     idle_since: Instant,
@@ -191,9 +173,11 @@ pub(crate) struct Parts {
     pub(crate) metrics: Metrics,
     pub(crate) published: Published,
     pub(crate) steer: Steer,
+    pub(crate) flower: Flower,
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
+    pub(crate) kernel_tls: KernelTls,
     pub(crate) hello: Hello,
     pub(crate) state: State,
     pub(crate) targets: Targets,
@@ -206,6 +190,8 @@ pub(crate) struct Parts {
     pub(crate) signals: UnixStream,
     /// A byte for each SIGHUP.
     pub(crate) hangups: UnixStream,
+    /// For SIGCHLD.
+    pub(crate) children: UnixStream,
 }
 
 impl Engine {
@@ -222,12 +208,15 @@ impl Engine {
             registry.register(source, token(KIND_POOL, number), Interest::READABLE)?;
         }
         registry.register(&mut SourceFd(&parts.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
-        registry.register(&mut SourceFd(&parts.hangups.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        for signals in [&parts.hangups, &parts.children] {
+            registry.register(&mut SourceFd(&signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        }
         registry.register(&mut SourceFd(&parts.steer.routes_fd()), ROUTES, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
         let waker = Arc::new(Waker::new(registry, WAKER)?);
+        parts.flower.start(Arc::clone(&waker))?;
         let now = Instant::now();
         let policy = parts.config.policy.take().map(PolicyFile::new);
         Ok(Engine {
@@ -236,9 +225,11 @@ impl Engine {
             metrics: parts.metrics,
             published: parts.published,
             steer: parts.steer,
+            flower: parts.flower,
             raw: parts.raw,
             diag: parts.diag,
             tls: parts.tls,
+            kernel_tls: parts.kernel_tls,
             hello: parts.hello,
             state: parts.state,
             targets: parts.targets,
@@ -246,6 +237,7 @@ impl Engine {
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
+            unflushed: Vec::new(),
             dials: HashMap::new(),
             freshness: HashMap::new(),
             hosted: HashMap::new(),
@@ -256,6 +248,7 @@ impl Engine {
             refused: Recent::default(),
             gone: Vec::new(),
             abandoned: Vec::new(),
+            farewells: Vec::new(),
             acceptors: Slab::new(),
             next_acceptor: 0,
             waiting: HashMap::new(),
@@ -268,12 +261,13 @@ impl Engine {
             in_flight: 0,
             embedded: parts.embedded,
             past_counters: [0; COUNTERS],
-            timers: BinaryHeap::from([Reverse((now + TICK, Timer::Tick))]),
+            timers: Timers::default(),
             accept_again: false,
             ipc_listener: parts.ipc_listener,
             peer_listener: parts.peer_listener,
             signals: parts.signals,
             hangups: parts.hangups,
+            children: parts.children,
             stop_by: None,
             idle_since: now,
             last_sweep: now,
@@ -290,9 +284,10 @@ impl Engine {
         self.publish_policy();
         self.recover();
         self.dial_targets();
+        self.at(Instant::now() + TICK, Timer::Tick);
         while !self.may_stop() {
             let spinning = self.in_flight > 0 && Instant::now() < busy_until;
-            let timeout = if spinning { Some(Duration::ZERO) } else { self.until_next_timer() };
+            let timeout = if spinning { Some(Duration::ZERO) } else { self.timers.until_next() };
             match self.poll.poll(&mut events, timeout) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 other => other?,
@@ -309,11 +304,13 @@ impl Engine {
                 busy_until = Instant::now() + self.config.handoff.spin;
             }
             self.run_timers();
+            self.flush_peers();
             if self.in_flight == 0 && self.peer_listener.is_some() {
                 self.spare.refill(SPARE_SOCKETS);
             }
         }
         self.leave();
+        self.flush_peers();
         Ok(())
     }
 
@@ -328,13 +325,19 @@ impl Engine {
             IPC_LISTENER => self.accept_libraries(Level::Error),
             PEER_LISTENER => self.accept_peers(Level::Error),
             SIGNALS => self.on_signal(),
-            WAKER => self.on_spawned(),
-            ROUTES => self.steer.routes_changed(),
+            WAKER => {
+                self.on_spawned();
+                self.on_flower();
+            }
+            ROUTES => {
+                self.steer.routes_changed();
+                self.renew_rules();
+            }
             Token(t) => {
                 let index = t >> KIND_BITS;
                 match t & KINDS {
                     KIND_LIBRARY => self.library_ready(index),
-                    KIND_PEER => self.peer_ready(index, event.is_writable()),
+                    KIND_PEER => self.peer_ready(index, event.is_writable(), event.is_read_closed()),
                     KIND_ACCEPTOR => self.acceptor_ready(index, event.is_read_closed()),
                     KIND_WORKER => self.worker_ready(index),
                     KIND_POOL => self.accept_workers(index, Level::Error),
@@ -344,11 +347,18 @@ impl Engine {
         }
     }
 
-    /// Each signal is a byte on its own socket; SIGHUP may come together with others.
+    /// Each signal is a byte on its own socket; SIGHUP and SIGCHLD may come together with others.
     fn on_signal(&mut self) {
         let mut buffer = [0; 16];
         if matches!(self.hangups.read(&mut buffer), Ok(1..)) {
             self.reload_now();
+        }
+        let mut ended = false;
+        while matches!(self.children.read(&mut buffer), Ok(1..)) {
+            ended = true;
+        }
+        if ended {
+            self.reap_children();
         }
         if matches!(self.signals.read(&mut buffer), Ok(1..)) {
             self.begin_stop();
@@ -357,21 +367,11 @@ impl Engine {
 
     /// Arms a timer. Timers are not cancelled: their handlers look whether they still mean anything.
     pub(crate) fn at(&mut self, when: Instant, timer: Timer) {
-        self.timers.push(Reverse((when, timer)));
-    }
-
-    fn until_next_timer(&self) -> Option<Duration> {
-        self.timers.peek().map(|Reverse((when, _))| when.saturating_duration_since(Instant::now()))
+        self.timers.arm(when, timer);
     }
 
     fn run_timers(&mut self) {
-        loop {
-            let now = Instant::now();
-            match self.timers.peek() {
-                Some(Reverse((when, _))) if *when <= now => {}
-                _ => return,
-            }
-            let Some(Reverse((_, timer))) = self.timers.pop() else { return };
+        while let Some((now, timer)) = self.timers.due() {
             match timer {
                 Timer::HostDeadline(id) => self.host_deadline(id),
                 Timer::HostDoubt(id) => self.host_doubt_over(id),
@@ -389,11 +389,27 @@ impl Engine {
         }
     }
 
+    /// Most timers outlive what they were armed for: a connection that moves on leaves some that are due in a minute.
+    fn drop_stale_timers(&mut self) {
+        let (hosted, served) = (&self.hosted, &self.served);
+        self.timers.purge(|timer| match timer {
+            Timer::HostDeadline(id) | Timer::HostDoubt(id) | Timer::Settled(id) | Timer::Linger(id) => {
+                hosted.contains_key(id)
+            }
+            Timer::TargetDeadline(key) | Timer::TargetFence(key, _) | Timer::Detour(key) => {
+                served.contains_key(key)
+            }
+            Timer::Dial(_) | Timer::DrainHeld | Timer::Waiting(_) | Timer::Worker(_) | Timer::Tick => true,
+        });
+    }
+
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
+        self.look_at_farewells(now);
         self.look_at_pools(now);
         self.look_at_targets(now);
         self.look_at_policy(now);
+        self.look_at_flower(now);
         if std::mem::take(&mut self.accept_again) {
             self.accept_libraries(Level::Debug);
             self.accept_peers(Level::Debug);
@@ -404,6 +420,7 @@ impl Engine {
             self.last_probe = now;
             self.probe_peers();
             self.steer.refresh_ways();
+            self.renew_rules();
         }
         if now.duration_since(self.last_sweep) > Duration::from_secs(10) {
             self.last_sweep = now;
@@ -411,6 +428,7 @@ impl Engine {
             self.sweep_served(now);
             self.drop_unneeded();
         }
+        self.drop_stale_timers();
         if self.config.metrics.is_some() && now.duration_since(self.last_published) > Duration::from_secs(1) {
             self.last_published = now;
             let text = self.metrics.prometheus(&self.live());

@@ -40,7 +40,7 @@ impl Engine {
     /// Starts a handler process; its outcome comes to `on_spawned`.
     pub(crate) fn exec(&mut self, key: &ServedKey, command: Vec<String>, socket: OwnedFd) {
         let Some(served) = self.served.get_mut(key) else { return };
-        let job = Job {
+        let mut job = Job {
             reserve: served.reserve.take(),
             whose: Whose::Connection { node: key.0.to_string(), id: key.1 },
             command,
@@ -54,6 +54,9 @@ impl Engine {
             ],
             socket,
         };
+        if served.kernel_tls.is_some() {
+            job.environment.push(("XO_TLS", "kernel".into()));
+        }
         if self.spawner.start_process(job).is_err() {
             self.target_event(key, &TargetEvent::Handed(Err(Reason::NoHandler)));
         }
@@ -78,6 +81,10 @@ impl Engine {
                 }
                 Err(e) => {
                     log::error!("starting a handler: {e}");
+                    // The last descriptor of the connection.
+                    if let Some(served) = self.served.get_mut(&key) {
+                        served.kernel_tls = None;
+                    }
                     Err(Reason::NoHandler)
                 }
             };
@@ -89,15 +96,21 @@ impl Engine {
     pub(crate) fn reap_children(&mut self) {
         let mut ended = Vec::new();
         for (key, served) in &mut self.served {
-            if let Place::Child(child) = &mut served.place
-                && !matches!(child.try_wait(), Ok(None))
-            {
-                ended.push(key.clone());
+            if let Place::Child(child) = &mut served.place {
+                match child.try_wait() {
+                    Ok(None) => {}
+                    result => ended.push((key.clone(), result.is_ok_and(|s| s.is_some_and(|s| s.success())))),
+                }
             }
         }
-        for key in ended {
+        for (key, well) in ended {
+            if well {
+                self.say_goodbye(&key);
+            }
             if let Some(served) = self.served.get_mut(&key) {
                 served.place = Place::None;
+                // Its client must see that what it has got may not be all.
+                served.kernel_tls = None;
             }
             self.expect_end(&key);
         }

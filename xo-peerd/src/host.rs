@@ -22,10 +22,12 @@ mod sweep;
 use self::actions::{dump, stay, vacate};
 use crate::clock::now_ns;
 use crate::config::Order;
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey};
+use crate::flower::Then;
 use crate::held::HeldPacket;
 use crate::metrics::Kind;
 use crate::steer::flow_key;
+use crate::timers::Timer;
 use crate::times::{Times, steps};
 
 /// Longest queues that travel, bytes; the rest of `MAX_PEER_MESSAGE` is for everything else.
@@ -88,6 +90,8 @@ pub(crate) struct HostFlow {
     pub(crate) put_off: bool,
     /// Packets held for it, in order of arrival.
     pub(crate) held: Vec<HeldPacket>,
+    /// It gets no flow rule before.
+    pub(crate) rest_until: Option<Instant>,
     /// Where its packets go, once redirected.
     pub(crate) to: Option<SocketAddr>,
     times: Times,
@@ -121,6 +125,7 @@ impl HostFlow {
             unseen: false,
             put_off: false,
             held: Vec::new(),
+            rest_until: None,
             to: None,
             times: Times::default(),
         }
@@ -176,7 +181,7 @@ impl Engine {
         flow.socket = Some(socket);
         flow.verdict = Some((slots, offload.slot, offload.generation));
         flow.times = Times { decided: offload.decided_ns, received, ..Times::default() };
-        self.hosted.insert(id, flow);
+        self.hosted.insert(id, Box::new(flow));
         if self.is_stopping() {
             return self.host_event(id, HostEvent::Hopeless(Reason::Stopping));
         }
@@ -306,6 +311,9 @@ impl Engine {
                 Some(_) => Kind::Onward,
             };
             let times = std::mem::take(&mut flow.times);
+            if kind == Kind::Outbound {
+                self.flower.watch(handed.id);
+            }
             let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
             self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
             if let Some(node) = self.node_of(index) {
@@ -331,7 +339,7 @@ impl Engine {
     /// The hand-off, if this peer is its target.
     pub(crate) fn told_by_its_target(&mut self, index: usize, id: HandoffId) -> Option<&mut HostFlow> {
         let peer = self.peers.get(index)?;
-        self.hosted.get_mut(&id).filter(|flow| peer.is_node(&flow.target))
+        self.hosted.get_mut(&id).map(Box::as_mut).filter(|flow| peer.is_node(&flow.target))
     }
 
     /// The time limit of a `BEGIN_OFFLOAD`.
@@ -383,6 +391,11 @@ impl Engine {
 
     /// Feeds the state machine and carries out what it says.
     pub(crate) fn host_event(&mut self, id: HandoffId, event: HostEvent) {
+        use HostEvent as E;
+        let redirect_changes = matches!(event, E::Closed | E::Refused(_) | E::Moved(_) | E::Returned);
+        if redirect_changes && self.rule_goes_first(id, || Then::Event(event.clone())) {
+            return;
+        }
         let mut next = Some(event);
         let mut actions = Vec::with_capacity(4);
         while let Some(event) = next.take() {

@@ -7,6 +7,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 use xo_proto::reason::{ALL, REASONS, Reason};
 
+use crate::flower::FlowerView;
 use crate::pool::{PoolView, WorkerView};
 use crate::reload::PolicyView;
 use crate::targets::TargetView;
@@ -92,6 +93,8 @@ pub(crate) struct Live {
     pub(crate) steering_mode: String,
     /// Entries in the flow and rewrite tables.
     pub(crate) flow_entries: u64,
+    /// Flow rules.
+    pub(crate) flower: FlowerView,
     /// Packets by path.
     pub(crate) counters: Vec<(String, u64)>,
     /// What libraries counted.
@@ -104,6 +107,8 @@ pub(crate) struct Live {
     pub(crate) acceptors: Vec<(String, u64)>,
     /// How each handler serves connections that come with TLS.
     pub(crate) tls: Vec<(String, &'static str)>,
+    /// Who does the record layer of those that are programs of their own: "kernel", or the "library" of servers.
+    pub(crate) tls_records: &'static str,
     /// Pools of workers.
     pub(crate) pools: Vec<PoolView>,
     /// Machines that connections may go to.
@@ -220,16 +225,23 @@ impl Metrics {
             "inbound_us": self.times_json(Kind::Inbound),
             "steering": {
                 "mode": live.steering_mode,
-                "hardware": false,
+                "hardware": live.flower.hardware,
+                "flower": live.flower.mode,
+                "flower_on": live.flower.about,
+                "rules": live.flower.rules,
+                "rules_inserted": live.flower.inserted,
+                "rules_refused": live.flower.refused,
                 "flow_entries": live.flow_entries,
-                "queue_depth": 0,
-                "queue_cancelled": 0,
+                "queue_depth": live.flower.depth,
+                "queue_cancelled": live.flower.cancelled,
+                "queue_full": live.flower.full,
                 "packets": object(&live.counters),
             },
             "library": object(&live.library),
             "handlers": object(&live.handlers),
             "acceptors": object(&live.acceptors),
             "tls": live.tls.iter().map(|(name, how)| (name.clone(), json!(how))).collect::<Map<_, _>>(),
+            "tls_records": live.tls_records,
             "pools": live.pools.iter().map(|p| (p.handler.clone(), pool_json(p))).collect::<Map<_, _>>(),
             "peers": peers,
             "targets": live.targets.iter().map(target_json).collect::<Vec<_>>(),
@@ -308,6 +320,23 @@ impl Metrics {
             &labelled("role", &flows),
         );
         metric("xo_flow_entries", "gauge", "Entries in the steering tables.", &one(live.flow_entries));
+        let flower = &live.flower;
+        for (name, kind, help, value) in [
+            ("xo_rules", "gauge", "Flows that a flow rule redirects.", flower.rules),
+            ("xo_rules_hardware", "gauge", "1: a NIC takes flow rules.", flower.hardware.into()),
+            ("xo_rules_inserted_total", "counter", "Flow rules put in.", flower.inserted),
+            ("xo_rules_refused_total", "counter", "Flow rules not taken.", flower.refused),
+            ("xo_rule_queue_depth", "gauge", "Flow rule commands that wait.", flower.depth),
+            (
+                "xo_rule_queue_cancelled_total",
+                "counter",
+                "Insertions cancelled in the queue.",
+                flower.cancelled,
+            ),
+            ("xo_rule_queue_full_total", "counter", "Flows for which the queue had no room.", flower.full),
+        ] {
+            metric(name, kind, help, &one(value));
+        }
         metric("xo_packets_total", "counter", "Packets by path.", &labelled("path", &live.counters));
         metric("xo_library_total", "counter", "What libraries counted.", &labelled("event", &live.library));
         metric(
@@ -321,6 +350,12 @@ impl Metrics {
             "gauge",
             "Listening sockets of processes that take connections, by handler.",
             &labelled("handler", &live.acceptors),
+        );
+        metric(
+            "xo_tls_records",
+            "gauge",
+            "Who does the record layer of connections with TLS: the kernel where it can, or the library only.",
+            &labelled("tls", &[(live.tls_records.to_owned(), 1)]),
         );
         let ready = |p: &PoolView| p.workers.iter().filter(|w| w.ready).count() as u64;
         metric("xo_pool_workers", "gauge", "Workers that take connections.", &of_pools(&live.pools, &ready));

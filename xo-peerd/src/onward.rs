@@ -13,10 +13,12 @@ use xo_proto::handoff::{HostEvent, ShortcutAction, ShortcutEvent, ShortcutState,
 use xo_proto::reason::Reason;
 use xo_proto::wire::{HandoffId, Home, Moved, MovedAck, PeerMessage};
 
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey};
+use crate::flower::Then;
 use crate::restore::Entry;
 use crate::steer::flow_key;
 use crate::target::Served;
+use crate::timers::Timer;
 
 /// How long a machine that a connection came from may be silent before its detour is given up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,6 +36,14 @@ pub(crate) struct Origin {
     address: Option<SocketAddr>,
     /// That machine is this one.
     pub(crate) here: bool,
+}
+
+/// A stay of a connection that came by a detour. One that moves all the time has many that are not over yet.
+#[derive(Debug)]
+pub(crate) struct Visit {
+    /// How often it had moved then.
+    pub(crate) hop: u32,
+    pub(crate) key: ServedKey,
 }
 
 impl Origin {
@@ -86,6 +96,10 @@ impl Engine {
         };
         match served.state() {
             TargetState::Served if !served.origin.here => {}
+            // At home in a moment.
+            TargetState::Served if served.shortcut.state() == ShortcutState::Telling => {
+                return served.parked.push(id);
+            }
             TargetState::Started | TargetState::Unconfirmed => return served.parked.push(id),
             _ => return self.host_event(id, HostEvent::Hopeless(Reason::Closed)),
         }
@@ -118,9 +132,10 @@ impl Engine {
     /// A connection of another machine, or one that comes home.
     pub(crate) fn insert_served(&mut self, key: ServedKey, served: Served) {
         if served.origin.is_detour() {
-            self.at_home.entry(served.origin.name()).or_default().push(key.clone());
+            let visit = Visit { hop: served.origin.hop, key: key.clone() };
+            self.at_home.entry(served.origin.name()).or_default().push(visit);
         }
-        self.served.insert(key, served);
+        self.served.insert(key, Box::new(served));
     }
 
     /// Nothing more is to be done about a connection.
@@ -134,18 +149,18 @@ impl Engine {
         self.not_again(key.clone());
         self.hopeless(served.parked);
         let name = served.origin.name();
-        if let Some(keys) = self.at_home.get_mut(&name) {
-            keys.retain(|k| k != key);
-            if keys.is_empty() {
+        if let Some(visits) = self.at_home.get_mut(&name) {
+            visits.retain(|v| v.key.1 != key.1 || v.key.0 != key.0);
+            if visits.is_empty() {
                 self.at_home.remove(&name);
             }
         }
     }
 
-    /// Connections served here, or moved on from here, that their home knows under this name.
-    pub(crate) fn named_at_home(&self, name: &ServedKey) -> Vec<ServedKey> {
+    /// Connections served here, or moved on from here, that their home knows under this name; of several visits these.
+    pub(crate) fn named_at_home(&self, name: &ServedKey, which: impl Fn(u32) -> bool) -> Vec<ServedKey> {
         match self.at_home.get(name) {
-            Some(keys) => keys.clone(),
+            Some(visits) => visits.iter().filter(|v| which(v.hop)).map(|v| v.key.clone()).collect(),
             None => vec![name.clone()],
         }
     }
@@ -157,8 +172,10 @@ impl Engine {
         log::trace!("{} {} {:x}: {event:?}: {action:?}", served.client, key.0, key.1);
         match action {
             Some(ShortcutAction::SendMoved) if served.origin.here => {
-                self.come_home(key);
-                self.shortcut_event(key, ShortcutEvent::MovedAck);
+                let id = served.origin.id;
+                if !self.rule_goes_first(id, || Then::Home(key.clone())) {
+                    self.home_now(key);
+                }
             }
             Some(ShortcutAction::SendMoved) => {
                 let origin = &served.origin;
@@ -200,6 +217,15 @@ impl Engine {
         }
     }
 
+    /// No flow rule sends the packets of a connection away that has come home.
+    pub(crate) fn home_now(&mut self, key: &ServedKey) {
+        if self.served.get(key).is_some_and(|s| s.shortcut.state() == ShortcutState::Telling) {
+            self.come_home(key);
+            self.start_parked(key);
+            self.shortcut_event(key, ShortcutEvent::MovedAck);
+        }
+    }
+
     /// It is certain that a connection of this machine is back: its redirect goes, and it is like any other. Only then is that
     /// noted: a daemon that finds the note takes it that no packet comes by the detour any more.
     fn come_home(&mut self, key: &ServedKey) {
@@ -234,28 +260,39 @@ impl Engine {
 
     /// `MOVED`.
     pub(crate) fn on_moved(&mut self, index: usize, moved: &Moved) {
-        let Some(node) = self.node_of(index) else { return };
-        if let Some(flow) = self.hosted.get_mut(&moved.id) {
+        if let Some(node) = self.node_of(index) {
+            self.moved_to(&node, moved);
+        }
+    }
+
+    /// A connection of this machine is at this node now.
+    pub(crate) fn moved_to(&mut self, node: &Rc<str>, moved: &Moved) {
+        if let Some(flow) = self.hosted.get(&moved.id) {
             // Only the lower half outlives a daemon.
             let newer = (moved.hop as u16).wrapping_sub(flow.hop as u16) as i16 > 0;
             if newer && !flow.is_away() {
                 // It will be told again.
                 return;
             }
-            if newer {
+            if newer && self.rule_goes_first(moved.id, || Then::Moved(node.clone(), *moved)) {
+                return;
+            }
+            if let Some(flow) = self.hosted.get_mut(&moved.id).filter(|_| newer) {
                 flow.hop = moved.hop;
                 flow.target = node.to_string();
                 flow.address = moved.address;
                 self.host_event(moved.id, HostEvent::Moved(moved.local));
             }
         }
-        self.send_to(index, &PeerMessage::MovedAck(MovedAck { id: moved.id, hop: moved.hop }));
+        if let Some(index) = self.connection_to(node) {
+            self.send_to(index, &PeerMessage::MovedAck(MovedAck { id: moved.id, hop: moved.hop }));
+        }
     }
 
     /// `MOVED_ACK`.
     pub(crate) fn on_moved_ack(&mut self, index: usize, ack: &MovedAck) {
         let Some(node) = self.node_of(index) else { return };
-        for key in self.named_at_home(&(node, ack.id)) {
+        for key in self.named_at_home(&(node, ack.id), |hop| hop == ack.hop) {
             if self.served.get(&key).is_some_and(|s| s.origin.hop == ack.hop) {
                 self.shortcut_event(&key, ShortcutEvent::MovedAck);
             }

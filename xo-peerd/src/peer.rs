@@ -173,7 +173,8 @@ impl Peer {
         self.flush()
     }
 
-    fn queue(&mut self, message: &PeerMessage) -> Result<(), PeerError> {
+    /// To be sent with the next flush.
+    pub(crate) fn queue(&mut self, message: &PeerMessage) -> Result<(), PeerError> {
         let Some(tls) = &mut self.tls else { return Ok(encode_peer(message, &mut self.output)?) };
         self.scratch.clear();
         encode_peer(message, &mut self.scratch)?;
@@ -216,9 +217,9 @@ impl Peer {
     }
 
     /// Reads what is there; complete messages are appended to `messages`, the first one, `Hello`, is
-    /// checked and kept in `self.hello`.
-    pub(crate) fn readable(&mut self, messages: &mut Vec<PeerMessage>) -> Result<(), PeerError> {
-        let end = self.fill();
+    /// checked and kept in `self.hello`. `ends`: the end is to be looked for behind it.
+    pub(crate) fn readable(&mut self, messages: &mut Vec<PeerMessage>, ends: bool) -> Result<(), PeerError> {
+        let end = self.fill(ends);
         self.heard = Instant::now();
         let (mut used, mut secret) = (0, false);
         while let Some((message, n)) = decode_peer::<PeerMessage>(&self.input[used..])? {
@@ -242,10 +243,11 @@ impl Peer {
     }
 
     /// Reads into `input` until the socket is empty.
-    fn fill(&mut self) -> Result<(), PeerError> {
+    fn fill(&mut self, ends: bool) -> Result<(), PeerError> {
+        let mut source = Source { stream: &mut self.stream, ends, is_empty: false };
         let result = match &mut self.tls {
-            Some(tls) => fill_tls(tls, &mut self.stream, &mut self.input),
-            None => fill_plain(&mut self.stream, &mut self.input, &mut self.scratch),
+            Some(tls) => fill_tls(tls, &mut source, &mut self.input),
+            None => fill_plain(&mut source, &mut self.input, &mut self.scratch),
         };
         match result {
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
@@ -298,34 +300,45 @@ fn flush_tls(tls: &mut Connection, stream: &mut TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// A short read means that a stream socket is empty (epoll(7), question 9): one system call less.
-fn fill_plain(stream: &mut TcpStream, input: &mut Vec<u8>, scratch: &mut Vec<u8>) -> io::Result<()> {
+/// What is read. A short read means that a stream socket is empty (epoll(7), question 9): one system call less. But where
+/// the end has come with the last bytes, nothing tells of it again.
+struct Source<'a> {
+    stream: &'a mut TcpStream,
+    ends: bool,
+    is_empty: bool,
+}
+
+impl Read for Source<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.stream.read(buffer)?;
+        self.is_empty = n < buffer.len() && !self.ends;
+        Ok(n)
+    }
+}
+
+fn fill_plain(source: &mut Source<'_>, input: &mut Vec<u8>, scratch: &mut Vec<u8>) -> io::Result<()> {
     scratch.resize(READ, 0);
-    loop {
-        match stream.read(scratch) {
+    while !source.is_empty {
+        match source.read(scratch) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(n) => {
-                input.extend_from_slice(&scratch[..n]);
-                if n < READ {
-                    return Ok(());
-                }
-            }
+            Ok(n) => input.extend_from_slice(&scratch[..n]),
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
     }
+    Ok(())
 }
 
-fn fill_tls(tls: &mut Connection, stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<()> {
-    loop {
-        let n = match tls.read_tls(stream) {
+fn fill_tls(tls: &mut Connection, source: &mut Source<'_>, input: &mut Vec<u8>) -> io::Result<()> {
+    while !source.is_empty {
+        let n = match tls.read_tls(source) {
             Ok(n) => n,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
         let state = tls.process_new_packets().map_err(|e| {
             // The alert tells the peer what we did not like.
-            let _ = tls.write_tls(stream);
+            let _ = tls.write_tls(source.stream);
             io::Error::new(ErrorKind::InvalidData, e)
         })?;
         let plain = state.plaintext_bytes_to_read();
@@ -337,6 +350,36 @@ fn fill_tls(tls: &mut Connection, stream: &mut TcpStream, input: &mut Vec<u8>) -
         if n == 0 || state.peer_has_closed() {
             return Err(ErrorKind::UnexpectedEof.into());
         }
-        flush_tls(tls, stream)?;
+        flush_tls(tls, source.stream)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mio::{Events, Interest, Poll, Token};
+
+    /// Nothing tells a second time of an end that came with the last bytes.
+    #[test]
+    fn an_end_behind_the_last_bytes_is_seen_at_once() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let mut theirs =
+            std::net::TcpStream::connect(listener.local_addr().expect("its address")).expect("connect");
+        let (ours, _) = listener.accept().expect("accept");
+        theirs.write_all(b"last").expect("write");
+        drop(theirs);
+        ours.set_nonblocking(true).expect("non-blocking");
+        let mut stream = TcpStream::from_std(ours);
+        let (mut poll, mut events) = (Poll::new().expect("poll"), Events::with_capacity(1));
+        poll.registry().register(&mut stream, Token(0), Interest::READABLE).expect("register");
+        while !events.iter().any(mio::event::Event::is_read_closed) {
+            poll.poll(&mut events, None).expect("an event");
+        }
+        let (mut input, mut scratch) = (Vec::new(), Vec::new());
+        let mut source = Source { stream: &mut stream, ends: true, is_empty: false };
+        let end = fill_plain(&mut source, &mut input, &mut scratch);
+        assert_eq!(input, b"last");
+        assert!(end.is_err_and(|e| e.kind() == ErrorKind::UnexpectedEof));
     }
 }

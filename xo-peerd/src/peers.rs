@@ -38,7 +38,7 @@ impl Engine {
                 Ok(index) => {
                     log::debug!("peer connection from {address}");
                     // Without TLS the hello can go at once; with TLS it follows the handshake.
-                    self.peer_ready(index, true);
+                    self.peer_ready(index, true, false);
                 }
                 Err(e) => log::warn!("peer connection from {address}: {e}"),
             }
@@ -58,13 +58,14 @@ impl Engine {
         Ok(index)
     }
 
-    /// A channel can be read, or written to.
-    pub(crate) fn peer_ready(&mut self, index: usize, writable: bool) {
+    /// A channel can be read, or written to; or its end is behind what can be read.
+    pub(crate) fn peer_ready(&mut self, index: usize, writable: bool, ends: bool) {
         let Some(peer) = self.peers.get_mut(index) else { return };
         let known = peer.usable();
         let mut messages = Vec::new();
         let result = if writable { peer.writable() } else { Ok(()) };
-        let result = result.and_then(|()| if peer.connected { peer.readable(&mut messages) } else { Ok(()) });
+        let result =
+            result.and_then(|()| if peer.connected { peer.readable(&mut messages, ends) } else { Ok(()) });
         if !known && peer.usable() {
             self.peer_up(index);
         }
@@ -122,11 +123,29 @@ impl Engine {
         }
     }
 
-    /// Sends to a peer; a broken connection is dealt with.
+    /// Sends to a peer, what nobody waits for at the end of this turn; a broken connection is dealt with.
     pub(crate) fn send_to(&mut self, index: usize, message: &PeerMessage) {
         let Some(peer) = self.peers.get_mut(index) else { return };
-        if let Err(e) = peer.send(message) {
+        let result = if can_wait(message) {
+            if !self.unflushed.contains(&index) {
+                self.unflushed.push(index);
+            }
+            peer.queue(message)
+        } else {
+            peer.send(message)
+        };
+        if let Err(e) = result {
             self.peer_failed(index, &e);
+        }
+    }
+
+    /// The end of a turn of the event loop.
+    pub(crate) fn flush_peers(&mut self) {
+        while let Some(index) = self.unflushed.pop() {
+            let Some(peer) = self.peers.get_mut(index) else { continue };
+            if let Err(e) = peer.flush() {
+                self.peer_failed(index, &e);
+            }
         }
     }
 
@@ -167,5 +186,15 @@ impl Engine {
         for id in peer.waiting {
             self.start_when_settled(id);
         }
+    }
+}
+
+/// Messages on which no connection's service waits. Each send costs as much as a dump, and wakes the other daemon.
+fn can_wait(message: &PeerMessage) -> bool {
+    use PeerMessage as M;
+    match message {
+        M::Handed(_) | M::Moved(_) | M::MovedAck(_) | M::Closed(_) | M::ClosedAck(_) | M::Load(_) => true,
+        M::BeginOffload(_) | M::HostReady(_) | M::TargetReady(_) | M::Refuse(_) | M::Abort(_) => false,
+        M::Hello(_) | M::Query(_) | M::Ping(_) | M::Pong(_) | M::Recall(_) => false,
     }
 }

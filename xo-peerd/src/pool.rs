@@ -22,9 +22,10 @@ use xo_sys::tcp_repair::Repaired;
 use xo_sys::{fdpass, raw};
 
 use crate::config::{Config, HandlerMode};
-use crate::engine::{self, Engine, ServedKey, Timer};
+use crate::engine::{self, Engine, ServedKey};
 use crate::pool::posts::Post;
 use crate::target::{allow_reuse, empty, live};
+use crate::timers::Timer;
 
 /// Everyone may connect; who may take connections is decided by peer credentials.
 const SOCKET_MODE: u32 = 0o666;
@@ -341,6 +342,7 @@ impl Engine {
             Said::Hello => self.welcome(index),
             Said::Capacity => Ok(()),
             Said::Done(key) => {
+                self.say_goodbye(&key);
                 self.expect_end(&key);
                 Ok(())
             }
@@ -377,8 +379,12 @@ impl Engine {
         let given = self.give(key, seat, &socket);
         if let Err((reason, detail)) = given {
             log::warn!("handing the connection of {client} over: {detail}");
-            // Silently: its host may still have it.
-            empty(&socket, client);
+            match self.served.get_mut(key).and_then(|s| s.kernel_tls.take()) {
+                // Nothing empties such a socket; its host has let go of it.
+                Some(kept) => drop((kept, socket)),
+                // Silently: its host may still have it.
+                None => empty(&socket, client),
+            }
             return Err(reason);
         }
         Ok(socket)
@@ -402,7 +408,11 @@ impl Engine {
             client: served.client,
             server: served.host,
             handler: handler.clone(),
-            waiting: raw::readable_bytes(socket.as_raw_fd()) as u32,
+            waiting: served
+                .kernel_tls
+                .as_ref()
+                .map_or_else(|| raw::readable_bytes(socket.as_raw_fd()) as u32, |kept| kept.waiting),
+            tls: served.kernel_tls.is_some(),
         });
         let mut seat = match seat {
             Some(seat) => seat,
@@ -458,12 +468,20 @@ impl Engine {
             let Some(key) = given.remove(&number) else { continue };
             if let Err((_, detail)) = self.give(&key, None, &socket) {
                 log::warn!("a connection of {} ends: {detail}", key.0);
-                self.expect_end(&key);
+                self.without_goodbye(&key);
             }
         }
         for key in given.into_values() {
-            self.expect_end(&key);
+            self.without_goodbye(&key);
         }
+    }
+
+    /// The client of a worker that is gone must see that what it has got may not be all.
+    fn without_goodbye(&mut self, key: &ServedKey) {
+        if let Some(served) = self.served.get_mut(key) {
+            served.kernel_tls = None;
+        }
+        self.expect_end(key);
     }
 
     /// Every tick.

@@ -11,12 +11,13 @@ use xo_proto::reason::Reason;
 use xo_proto::wire::{HandoffId, PeerMessage, Refuse};
 use xo_sys::tcp_repair::Ends;
 
-use crate::engine::{Engine, ServedKey, Timer};
+use crate::engine::{Engine, ServedKey};
 use crate::host::{HostFlow, RESTART_PATIENCE};
 use crate::onward::{Origin, PATIENCE as DETOUR_PATIENCE};
 use crate::restore::Entry;
 use crate::steer;
 use crate::target::Served;
+use crate::timers::Timer;
 
 /// How long a stopping daemon waits for hand-offs that are under way.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
@@ -84,7 +85,7 @@ impl Engine {
             }
         }
         self.at(Instant::now() + patience, Timer::HostDoubt(entry.flow_id));
-        self.hosted.insert(entry.flow_id, flow);
+        self.hosted.insert(entry.flow_id, Box::new(flow));
         if let Some(address) = target.address {
             self.want(&target.name, address);
         }
@@ -250,13 +251,18 @@ impl Engine {
 
     /// Is it time to go?
     pub(crate) fn may_stop(&self) -> bool {
+        // Asked in each turn of the loop: connections are looked through only while there is something to wait for.
+        let Some(stop_by) = self.stop_by else { return false };
+        if Instant::now() >= stop_by {
+            return true;
+        }
         let settled = [HostState::Redirected, HostState::Offloaded, HostState::Released];
         let under_way = self.hosted.values().any(|f| !settled.contains(&f.state()))
             || self.served.values().any(|s| {
                 use TargetState as S;
                 !matches!(s.state(), S::Served | S::Left | S::Closing | S::Done)
             });
-        self.stop_by.is_some_and(|when| !under_way || Instant::now() >= when)
+        !under_way
     }
 
     /// The last thing: what the kernel goes on doing stays, if there is something; else nothing stays.
@@ -264,13 +270,16 @@ impl Engine {
         self.leave_pools();
         let (hosted, served) = (self.hosted.len(), self.served.len() + self.gone.len());
         if hosted + served == 0 {
+            self.flower.close(false);
             self.steer.unpin();
             self.state.remove();
         } else if self.steer.is_pinned() {
+            self.flower.close(true);
             log::info!(
                 "{hosted} connections offloaded from here and {served} served here go on; the next xo-peerd finds them"
             );
         } else {
+            self.flower.close(false);
             log::warn!(
                 "{hosted} connections offloaded from here and {served} served here end: steering is not pinned"
             );

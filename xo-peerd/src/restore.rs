@@ -14,6 +14,7 @@ use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey};
 use crate::exec::Reserve;
+use crate::ktls::Kept;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
 /// Ports tried for the end of a detour.
@@ -36,6 +37,8 @@ struct Plan {
     acceptor: Option<usize>,
     bind: SocketAddr,
     v6_socket: bool,
+    /// The kernel is to do the record layer: plain bytes that wait.
+    kernel_tls: Option<u32>,
 }
 
 type Refusal = (Reason, String);
@@ -90,7 +93,7 @@ impl Engine {
             return Err((Reason::PeerUnreachable, format!("no connection to its home, {}", origin.node)));
         }
         let mode = if origin.here {
-            HandlerMode::Attach { port: public.port() }
+            HandlerMode::Attach { port: public.port(), tls: begin.record.tls.is_some() }
         } else {
             let handler = self.config.handlers.iter().find(|h| h.name == begin.handler);
             handler.map(|h| h.mode.clone()).ok_or_else(|| {
@@ -100,10 +103,15 @@ impl Engine {
         };
         let (here, tls) = (origin.here, begin.record.tls.is_some());
         let no_tls = |text: String| (Reason::TlsUnsupported, text);
+        let mut kernel_tls = None;
         let (bind, listener, acceptor) = match &mode {
-            HandlerMode::Attach { port } => {
+            HandlerMode::Attach { port, tls: true } if !tls => {
+                let text = format!("port {port} has TLS, the connection has none");
+                return Err((Reason::NoHandler, text));
+            }
+            HandlerMode::Attach { port, tls: handshake } => {
                 let (number, listener) =
-                    self.pick_acceptor(*port, client, [tls, tls && here]).ok_or_else(|| {
+                    self.pick_acceptor(*port, client, [tls, *handshake]).ok_or_else(|| {
                         if tls {
                             return no_tls(format!("no process with a record layer listens on port {port}"));
                         }
@@ -112,10 +120,11 @@ impl Engine {
                 let ip = specific(listener.ip(), client, &self.config.addresses);
                 (ip.map(|ip| SocketAddr::new(ip, *port)), listener, Some(number))
             }
-            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } if tls => {
-                return Err(no_tls("a program of its own has no record layer".into()));
-            }
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => {
+                if let Some(tls) = &begin.record.tls {
+                    let waiting = self.kernel_tls.takes(tls, &begin.record.tcp.received).map_err(no_tls)?;
+                    kernel_tls = Some(waiting);
+                }
                 self.keep_room(key, &mode)?;
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let ip = specific(any, client, &self.config.addresses);
@@ -125,7 +134,7 @@ impl Engine {
         let bind = if here { Some(public) } else { bind }.ok_or_else(|| {
             (Reason::RestoreFailed, "no address of the client's family in `addresses`".to_owned())
         })?;
-        Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4() })
+        Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4(), kernel_tls })
     }
 
     /// What giving the connection to its handler will take: once its host is told that it can be served here, there is no
@@ -160,6 +169,11 @@ impl Engine {
         if here && local != plan.bind {
             return Err((Reason::RestoreFailed, format!("{} is taken", plan.bind)));
         }
+        if let Some(waiting) = plan.kernel_tls {
+            let served = self.served.get_mut(key).ok_or_else(gone)?;
+            let tls = served.tls.take().ok_or_else(gone)?;
+            served.kernel_tls = Some(Kept::install(&restored, &tls, waiting)?);
+        }
         let t1 = now_ns();
         let (entrance, entry) = if here {
             self.end_of_detour(key, &begin.record)?
@@ -180,6 +194,7 @@ impl Engine {
         served.local = local;
         served.entrance = entrance;
         served.entry = Some(entry);
+        served.handshake = matches!(plan.mode, HandlerMode::Attach { tls: true, .. });
         served.mode = Some(plan.mode);
         served.acceptor = plan.acceptor;
         self.by_flow.insert(flow_key(begin.record.client, local), key.clone());
@@ -208,9 +223,8 @@ impl Engine {
         Err((Reason::TableFull, "no port is free for this client".into()))
     }
 
-    fn has_entry(&self, client: SocketAddr, local: SocketAddr) -> bool {
-        let key = flow_key(client, local);
-        self.steer.flow(&key).is_some() || self.steer.rewrite_entry(&key).is_some()
+    fn has_entry(&mut self, client: SocketAddr, local: SocketAddr) -> bool {
+        self.steer.has_entry(&flow_key(client, local))
     }
 
     fn rewrite_source(

@@ -47,6 +47,17 @@ pub(crate) fn table(status: &Value) -> String {
     line("packets held", number("/held_packets_total"));
     let steering = &status["steering"];
     line("steering", format!("{}, {} entries", text(&steering["mode"]), number("/steering/flow_entries")));
+    line(
+        "flow rules",
+        format!(
+            "{}: {}, {} in, {} waiting",
+            text(&steering["flower"]),
+            text(&steering["flower_on"]),
+            steering["rules"],
+            steering["queue_depth"]
+        ),
+    );
+    line("tls", text(&status["tls_records"]));
     for peer in status["peers"].as_array().into_iter().flatten() {
         line("peer", format!("{} {} {}", text(&peer["node"]), text(&peer["address"]), text(&peer["state"])));
     }

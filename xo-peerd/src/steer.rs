@@ -1,5 +1,6 @@
 //! Packet steering: the BPF programs, their attachment, their maps.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
@@ -9,8 +10,8 @@ use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use xo_bpf_abi::{
-    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP, HOPS_MAP, HeldHeader,
-    INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
+    Action, COUNTERS_MAP, EGRESS_PROGRAM, FLAG_PASS, FLAG_RULE, FLOWS_MAP, FlowEntry, FlowKey, HELD_MAP,
+    HOPS_MAP, HeldHeader, INGRESS_PROGRAM, PATHS, Path, REWRITES_MAP, RewriteEntry,
 };
 
 mod carry;
@@ -19,6 +20,7 @@ mod ways;
 
 use self::pin::{Pins, Sizes};
 use self::ways::Ways;
+use crate::clock::now_ns;
 
 /// Built by scripts/build-bpf.
 static OBJECT: &[u8] =
@@ -74,6 +76,9 @@ pub(crate) struct Steer {
     held: RingBuf<MapData>,
     counters: PerCpuArray<MapData, u64>,
     ways: Ways,
+    /// Keys of the flow table and of the rewrites: nobody but us inserts, the programs may have removed some.
+    known_flows: HashSet<FlowKey>,
+    known_rewrites: HashSet<FlowKey>,
     /// Inserted less removed, by us.
     entries: u64,
     mode: &'static str,
@@ -119,14 +124,18 @@ impl Steer {
             counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
             ways: Ways::new(HashMap::try_from(map(&mut programs, HOPS_MAP)?)?)
                 .map_err(|e| SteerError::Load(format!("netlink: {e}")))?,
+            known_flows: HashSet::new(),
+            known_rewrites: HashSet::new(),
             entries: 0,
             mode,
             pins,
             programs,
         };
         // The program's count of what it has removed may be an earlier daemon's.
-        let flows = steer.all_flows();
-        let present = (flows.len() + steer.all_rewrites().len()) as u64;
+        let (flows, rewrites) = (steer.all_flows(), steer.all_rewrites());
+        let present = (flows.len() + rewrites.len()) as u64;
+        steer.known_flows = flows.iter().map(|(key, _)| *key).collect();
+        steer.known_rewrites = rewrites.iter().map(|(key, _)| *key).collect();
         for (_, entry) in flows.iter().filter(|(_, entry)| entry.action == Action::Redirect as u32) {
             steer.ways.learn(address(entry.to_addr, 0).ip());
         }
@@ -167,6 +176,7 @@ impl Steer {
     pub(crate) fn hold(&mut self, key: &FlowKey, flow_id: u64, peer: u32) -> Result<(), SteerError> {
         let entry = flow_entry(Action::Hold, flow_id, peer, [0; 4], 0);
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
+        self.known_flows.insert(*key);
         self.entries += 1;
         Ok(())
     }
@@ -242,8 +252,20 @@ impl Steer {
         let mut entry = flow_entry(Action::Deliver, flow_id, peer, mapped(to.ip()), to.port().to_be());
         entry.hop = 1;
         insert(&mut self.flows, key, &entry, NO_EXIST)?;
+        self.known_flows.insert(*key);
         self.entries += 1;
         Ok(())
+    }
+
+    /// Says whether a redirected flow may have a flow rule (`FLAG_RULE`), and whether the program is to leave it to that (`FLAG_PASS`). A
+    /// flow whose packets the program has not seen does not count as idle since.
+    pub(crate) fn mark_rule(&mut self, key: &FlowKey, flow_id: u64, marks: u32) -> Result<(), SteerError> {
+        let entry = self.flow(key).filter(|e| e.flow_id == flow_id).ok_or(SteerError::NotOurs)?;
+        if entry.action != Action::Redirect as u32 && marks != 0 {
+            return Err(SteerError::NotOurs);
+        }
+        let flags = entry.flags & !(FLAG_RULE | FLAG_PASS) | marks;
+        insert(&mut self.flows, key, &FlowEntry { flags, last_ns: now_ns(), ..entry }, EXIST)
     }
 
     /// Notes for the next daemon that a connection is home for sure.
@@ -265,10 +287,12 @@ impl Steer {
 
     /// Removes the flow's entry if it is still this flow's.
     pub(crate) fn remove_flow(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        if self.flow(key).is_none_or(|e| e.flow_id != flow_id) {
+        let entry = self.flow(key);
+        if entry.is_some_and(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        let removed = remove(&mut self.flows, key)?;
+        self.known_flows.remove(key);
+        let removed = entry.is_some() && remove(&mut self.flows, key)?;
         self.entries -= u64::from(removed);
         Ok(removed)
     }
@@ -301,18 +325,27 @@ impl Steer {
             pad: 0,
         };
         insert(&mut self.rewrites, key, &entry, NO_EXIST)?;
+        self.known_rewrites.insert(*key);
         self.entries += 1;
         Ok(())
     }
 
     /// Removes the rewrite if it is still this flow's.
     pub(crate) fn remove_rewrite(&mut self, key: &FlowKey, flow_id: u64) -> Result<bool, SteerError> {
-        if self.rewrite_entry(key).is_none_or(|e| e.flow_id != flow_id) {
+        let entry = self.rewrite_entry(key);
+        if entry.is_some_and(|e| e.flow_id != flow_id) {
             return Ok(false);
         }
-        let removed = remove(&mut self.rewrites, key)?;
+        self.known_rewrites.remove(key);
+        let removed = entry.is_some() && remove(&mut self.rewrites, key)?;
         self.entries -= u64::from(removed);
         Ok(removed)
+    }
+
+    /// Has the connection an entry in either table? A system call only where one has been made.
+    pub(crate) fn has_entry(&self, key: &FlowKey) -> bool {
+        (self.known_flows.contains(key) && self.flow(key).is_some())
+            || (self.known_rewrites.contains(key) && self.rewrite_entry(key).is_some())
     }
 
     /// The flow's rewrite.

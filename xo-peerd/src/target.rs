@@ -18,18 +18,17 @@ use xo_sys::tcp_repair::{self, Repaired};
 use crate::acceptor::Place;
 use crate::clock::now_ns;
 use crate::config::HandlerMode;
-use crate::engine::{Engine, ServedKey, Timer, is_fresh};
+use crate::engine::{Engine, ServedKey, is_fresh};
 use crate::exec::Reserve;
+use crate::ktls::Kept;
 use crate::onward::Origin;
 use crate::pool::Seat;
 use crate::restore::Entry;
+use crate::timers::Timer;
 
 /// How long a restored socket waits for `HOST_READY`, and a finished flow for `CLOSED_ACK`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const CLOSED_PATIENCE: Duration = Duration::from_secs(60);
-/// First and longest pause between two looks whether the kernel has forgotten a closed connection.
-const FIRST_LOOK: Duration = Duration::from_millis(10);
-const LONGEST_LOOK: Duration = Duration::from_secs(1);
 
 /// One connection of another host, served here or about to be.
 pub(crate) struct Served {
@@ -45,6 +44,10 @@ pub(crate) struct Served {
     pub(crate) begin: Option<Box<BeginOffload>>,
     /// Its TLS, if it has any, until it is sent to the process that accepts the connection.
     pub(crate) tls: Option<TlsState>,
+    /// Its records are the kernel's.
+    pub(crate) kernel_tls: Option<Kept>,
+    /// It has TLS, and so has the port whose server gets it: that begins with a handshake.
+    pub(crate) handshake: bool,
     pub(crate) restored: Option<Repaired>,
     /// Early order: a duplicate of the live socket, until the host has confirmed.
     kept: Option<OwnedFd>,
@@ -70,7 +73,8 @@ pub(crate) struct Served {
     pub(crate) entry: Option<Entry>,
     /// Who has it.
     pub(crate) place: Place,
-    ending: Option<(Instant, Duration)>,
+    /// When it is looked next whether the kernel has forgotten it, and the pause after that.
+    pub(crate) ending: Option<(Instant, Duration)>,
     pub(crate) ready: Option<TargetReady>,
     pub(crate) begun_ns: u64,
     /// How much longer than usual `BEGIN_OFFLOAD` was under way.
@@ -101,6 +105,8 @@ impl Served {
             moves: 0,
             begin: None,
             tls: None,
+            kernel_tls: None,
+            handshake: false,
             restored: None,
             kept: None,
             answers: 0,
@@ -130,13 +136,15 @@ impl Served {
     /// What is said with it to the process that accepts it. Its secrets go with that, and do not stay here.
     pub(crate) fn deliver(&mut self, delivery: u32) -> Deliver {
         let home = node_id(&self.origin.node);
-        let guest = !self.origin.here;
-        Deliver { delivery, client: self.client, guest, home, moves: self.moves, tls: self.tls.take() }
-    }
-
-    /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
-    pub(crate) fn watch(&mut self) {
-        self.ending = Some((Instant::now(), LONGEST_LOOK));
+        Deliver {
+            delivery,
+            client: self.client,
+            guest: !self.origin.here,
+            home,
+            moves: self.moves,
+            tls: self.tls.take(),
+            handshake: self.handshake,
+        }
     }
 
     /// Where the hand-off stands.
@@ -161,7 +169,13 @@ impl Engine {
             let origin = Origin::of(&key, begin.home.as_ref(), &self.config.node);
             // A process is started for each connection of an `exec` handler: the host does not wait for that.
             let mode = self.config.handlers.iter().find(|h| h.name == begin.handler).map(|h| &h.mode);
-            let quick = origin.here || !matches!(mode, Some(HandlerMode::Exec { .. }) | None);
+            // What has the kernel's TLS cannot be taken away from a worker again.
+            let quick = origin.here
+                || match mode {
+                    Some(HandlerMode::Attach { .. }) => true,
+                    Some(HandlerMode::Pool { .. }) => begin.record.tls.is_none(),
+                    Some(HandlerMode::Exec { .. }) | None => false,
+                };
             let machine = Target::new(begin.start && fresh && quick);
             let mut served =
                 Served::new(machine, origin, &begin.handler, begin.record.client, begin.record.local);
@@ -209,7 +223,7 @@ impl Engine {
         if key == asked {
             // Who still asks has not taken `CLOSED`, or an earlier daemon of it has; or it was given up.
             let given_up = |s: &Served| s.shortcut.state() == ShortcutState::Done;
-            if state != TargetState::Closing && self.served.get(&key).is_some_and(given_up) {
+            if state != TargetState::Closing && self.served.get(&key).is_some_and(|s| given_up(s)) {
                 self.send_to_host(&key, &PeerMessage::Closed(id));
             }
             self.shortcut_event(&key, ShortcutEvent::ViaBack);
@@ -219,10 +233,12 @@ impl Engine {
     /// What is known here of a connection that another machine asks about by its own name for it: of several stays the
     /// last. Nothing, if that is an earlier one than what is asked about: the connection was lost here since.
     fn last_known(&self, asked: &ServedKey, hop: u16) -> Option<ServedKey> {
-        let by_detour = self.at_home.get(asked).into_iter().flatten();
-        let since = |k: &ServedKey| Some((self.served.get(k)?.origin.hop as u16).wrapping_sub(hop) as i16);
-        let known = by_detour.chain([asked]).filter_map(|k| Some((since(k)?, k)));
-        known.max_by_key(|(since, _)| *since).filter(|(since, _)| *since >= 0).map(|(_, k)| k.clone())
+        let since = |at: u32| (at as u16).wrapping_sub(hop) as i16;
+        let detours =
+            self.at_home.get(asked).into_iter().flatten().map(|visit| (since(visit.hop), &visit.key));
+        let direct = self.served.get(asked).map(|served| (since(served.origin.hop), asked));
+        let known = detours.chain(direct).max_by_key(|(since, _)| *since);
+        known.filter(|(since, _)| *since >= 0).map(|(_, key)| key.clone())
     }
 
     /// `QUERY`.
@@ -268,7 +284,7 @@ impl Engine {
         if self.served.get(&name).is_some_and(|s| s.shortcut.is_open()) {
             return self.shortcut_event(&name, ShortcutEvent::Released);
         }
-        for key in self.named_at_home(&name) {
+        for key in self.named_at_home(&name, |_| true) {
             self.target_event(&key, &TargetEvent::ClosedAck);
         }
     }
@@ -351,6 +367,7 @@ impl Engine {
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
+                    served.kernel_tls = None;
                     served.seat = None;
                 }
                 self.remove_entry(key);
@@ -393,7 +410,7 @@ impl Engine {
         let (client, mode, acceptor) = (served.client, served.mode.take(), served.acceptor.take());
         let elapsed = served.elapsed;
         match mode {
-            Some(HandlerMode::Attach { port }) => {
+            Some(HandlerMode::Attach { port, .. }) => {
                 let started = self.start_attached(key, (port, acceptor), restored, elapsed);
                 Some(started.and_then(|socket| self.started(key, socket)))
             }
@@ -508,68 +525,6 @@ impl Engine {
         let Some(served) = self.served.get_mut(key) else { return };
         let hand_ns = at_ns.saturating_sub(served.host_ready_ns);
         self.send_to_host(key, &PeerMessage::Handed(Handed { id: key.1, hand_ns, at_ns }));
-    }
-
-    /// Starts to look whether the kernel has forgotten the connection.
-    pub(crate) fn expect_end(&mut self, key: &ServedKey) {
-        if let Some(served) = self.served.get_mut(key)
-            && served.ending.is_none()
-        {
-            served.ending = Some((Instant::now(), FIRST_LOOK));
-        }
-    }
-
-    /// Every tick: connections whose handler has closed them, and those that are closing.
-    pub(crate) fn look_for_ends(&mut self, now: Instant) {
-        self.reap_children();
-        let over = self.abandoned.extract_if(.., |place| place.closed(&self.libraries)).collect::<Vec<_>>();
-        over.into_iter().for_each(|place| place.free(&mut self.libraries));
-        let mut gone = Vec::new();
-        for (key, served) in &mut self.served {
-            if served.state() != TargetState::Served || served.origin.here {
-                continue;
-            }
-            if served.ending.is_none() && served.place.closed(&self.libraries) {
-                served.ending = Some((now, FIRST_LOOK));
-            }
-            let Some((when, pause)) = served.ending else { continue };
-            if now < when {
-                continue;
-            }
-            match self.diag.state(served.local, served.client) {
-                Ok(None) => gone.push(key.clone()),
-                Ok(Some(_)) => served.ending = Some((now + pause, (pause * 2).min(LONGEST_LOOK))),
-                Err(e) => {
-                    log::error!("sock_diag: {e}");
-                    served.ending = Some((now + LONGEST_LOOK, LONGEST_LOOK));
-                }
-            }
-        }
-        for key in gone {
-            self.ended(&key);
-        }
-    }
-
-    /// Now and then: connections whose end nobody reported.
-    pub(crate) fn sweep_served(&mut self, now: Instant) {
-        self.closed_again(None);
-        for served in self.served.values_mut() {
-            if served.state() == TargetState::Served
-                && !served.origin.here
-                && served.ending.is_none()
-                && matches!(self.diag.state(served.local, served.client), Ok(None))
-            {
-                served.ending = Some((now, FIRST_LOOK));
-            }
-        }
-    }
-
-    fn ended(&mut self, key: &ServedKey) {
-        if let Some(served) = self.served.get_mut(key) {
-            let place: Place = std::mem::replace(&mut served.place, Place::None);
-            place.free(&mut self.libraries);
-        }
-        self.target_event(key, &TargetEvent::SocketGone);
     }
 }
 

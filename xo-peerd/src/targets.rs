@@ -277,7 +277,7 @@ impl Engine {
         let connections = (guests().count() as u32).saturating_add(followed.fold(0, u32::saturating_add));
         let cpu_permille = self.targets.cpu.permille(now);
         let present = |h: &&Handler| match h.mode {
-            HandlerMode::Attach { port } => self.acceptors_on(port) > 0,
+            HandlerMode::Attach { port, .. } => self.acceptors_on(port) > 0,
             HandlerMode::Exec { .. } => true,
             HandlerMode::Pool { .. } => self.pools.has_room(&h.name),
         };

@@ -25,8 +25,8 @@ impl Engine {
     /// The present state, for the metrics.
     pub(crate) fn live(&self) -> Live {
         let hosted = self.hosted.values().filter(|f| f.is_away()).count() as u64;
-        let is_here = |s: &&Served| s.state() == TargetState::Served && !s.origin.here;
-        let served = self.served.values().filter(is_here).count() as u64;
+        let is_here = |s: &Served| s.state() == TargetState::Served && !s.origin.here;
+        let served = self.served.values().filter(|s| is_here(s)).count() as u64;
         let counters = self.steer.counters();
         Live {
             node: self.config.node.clone(),
@@ -35,12 +35,14 @@ impl Engine {
             flows_served: served,
             steering_mode: self.steer.mode().to_owned(),
             flow_entries: self.steer.flow_entries(),
+            flower: self.flower.view(),
             counters: PATH_NAMES.iter().map(|n| (*n).to_owned()).zip(counters).collect(),
             library: self.library_counters(),
             peers: self.peer_views(),
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
             tls: self.tls_views(),
+            tls_records: self.kernel_tls.name(),
             pools: self.pools.views(),
             targets: self.target_views(),
             policy: self.policy_view(),
@@ -62,6 +64,7 @@ impl Engine {
                 "state": format!("{:?}", f.state()).to_lowercase(),
                 "packets": entry.map(|e| e.packets),
                 "bytes": entry.map(|e| e.bytes),
+                "rule": self.flower.stage(*id),
             }));
         }
         for ((node, id), s) in &self.served {
@@ -115,7 +118,7 @@ impl Engine {
 
     fn acceptor_views(&self) -> Vec<(String, u64)> {
         let attached = |h: &Handler| match h.mode {
-            HandlerMode::Attach { port } => Some((h.name.clone(), self.acceptors_on(port))),
+            HandlerMode::Attach { port, .. } => Some((h.name.clone(), self.acceptors_on(port))),
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => None,
         };
         self.config.handlers.iter().filter_map(attached).collect()
@@ -123,7 +126,8 @@ impl Engine {
 
     fn tls_views(&self) -> Vec<(String, &'static str)> {
         let how = |h: &Handler| match h.mode {
-            HandlerMode::Attach { port } => self.tls_on(port),
+            HandlerMode::Attach { port, tls } => self.tls_on(port, tls),
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } if self.kernel_tls.is_some() => "kernel",
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => "no",
         };
         self.config.handlers.iter().map(|h| (h.name.clone(), how(h))).collect()

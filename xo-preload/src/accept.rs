@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libc::{c_int, sockaddr, socklen_t};
@@ -95,10 +96,13 @@ pub(crate) fn accept(
             }
             match daemon::take(client.port()) {
                 Some((deliver, socket)) => {
-                    if !announced {
-                        discard(accepted);
+                    if announced {
+                        return hand_out(fd, &deliver, socket, address, len, flags);
                     }
-                    return hand_out(fd, &deliver, socket, address, len, flags);
+                    discard(accepted);
+                    // It had the lowest free number, which accept gives: servers size tables by it, and select() is limited by it.
+                    let low = raw::duplicate_low(socket.as_raw_fd(), true).unwrap_or(socket);
+                    return hand_out(fd, &deliver, low, address, len, flags);
                 }
                 // Somebody else has it. A blocking server waits on.
                 None if announced => {
@@ -181,9 +185,7 @@ fn hand_out(
     // Another program would read and write the records of one with TLS.
     let cloexec = flags & libc::SOCK_CLOEXEC != 0 || deliver.tls.is_some();
     let _ = raw::set_cloexec(fd, cloexec);
-    // The lowest free number, as accept gives: servers size tables by it, and select() is limited by it.
-    let low = raw::duplicate_low(fd, cloexec).unwrap_or(socket);
-    let fd = low.into_raw();
+    let fd = socket.into_raw();
     if !address.is_null() && !len.is_null() {
         // SAFETY: the server's own arguments of accept(): `*len` bytes at `address` may be written.
         unsafe { raw::write_address(deliver.client, v6_listener, address, len) };
@@ -198,6 +200,27 @@ fn hand_out(
             return -1;
         }
     }
+    if let (Some(conn), Some(port)) = (conn::of(fd), tracked_port(listener)) {
+        conn.port.store(port, Ordering::Relaxed);
+    }
     daemon::count(Counter::Delivered as usize);
     fd
+}
+
+/// After getsockname(2): a restored connection may have had to take another port; to its server it is on the port that it
+/// listens on (Apache chooses a virtual host by it).
+///
+/// # Safety
+/// `len` bytes at `address` may be read and written.
+pub(crate) unsafe fn name_port(fd: c_int, address: *mut sockaddr, len: socklen_t) {
+    let Some(port) = conn::of(fd).map(|c| c.port.load(Ordering::Relaxed)).filter(|p| *p != 0) else { return };
+    if (len as usize) < size_of::<libc::sockaddr_in>() {
+        return;
+    }
+    // SAFETY: the caller's promise; `sa_family` is there, and in both families the port stands in the same place.
+    unsafe {
+        if matches!(c_int::from((*address).sa_family), libc::AF_INET | libc::AF_INET6) {
+            (&raw mut (*address.cast::<libc::sockaddr_in>()).sin_port).write_unaligned(port.to_be());
+        }
+    }
 }

@@ -7,7 +7,9 @@
 
 use std::cell::UnsafeCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering,
+};
 
 use xo_proto::ipc::Deliver;
 use xo_proto::protocol::{Protocol, Requests, Responses};
@@ -51,6 +53,8 @@ pub(crate) struct Conn {
     pub(crate) deadline: AtomicU64,
     /// The next request is held back until all responses are written.
     pub(crate) awaits_clean: AtomicBool,
+    /// Port of the listening socket that it has come out of, if it was restored; 0: its socket's own.
+    pub(crate) port: AtomicU16,
     /// Another machine has accepted it from its client.
     pub(crate) guest: AtomicBool,
     /// For a guest, its home's number on the board.
@@ -151,6 +155,14 @@ pub(crate) fn waiting() -> impl Iterator<Item = (u32, &'static Conn)> {
         .filter(|(_, c)| c.asked.load(Ordering::Acquire) && matches!(c.kind(), Kind::Tracked | Kind::Passive))
 }
 
+/// The connection behind a descriptor, if it has an entry.
+pub(crate) fn of(fd: i32) -> Option<&'static Conn> {
+    match fdtable::get(fd) {
+        fdtable::Entry::Connection(index) => get(index),
+        _ => None,
+    }
+}
+
 /// Starts to follow the connection behind a descriptor, accepted or delivered; `None` when the table is full, or its TLS
 /// cannot be gone on with.
 pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, protocol: Protocol) -> Option<()> {
@@ -158,8 +170,8 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, proto
     if !fdtable::has_room_for(fd) {
         return None;
     }
-    let layer = match deliver.and_then(|d| d.tls.as_ref()) {
-        Some(tls) => Some(Arc::new(Layer::new(tls)?)),
+    let layer = match deliver.and_then(|d| Some((d.tls.as_ref()?, d.handshake))) {
+        Some((tls, handshake)) => Some(Arc::new(Layer::new(tls, handshake)?)),
         None => None,
     };
     let index = take()?;
@@ -170,6 +182,7 @@ pub(crate) fn track(fd: i32, deliver: Option<&Deliver>, nonblocking: bool, proto
     conn.awaits_clean.store(false, Ordering::Relaxed);
     conn.mode.begin(nonblocking);
     conn.fd.store(fd, Ordering::Relaxed);
+    conn.port.store(0, Ordering::Relaxed);
     conn.guest.store(deliver.is_some_and(|d| d.guest), Ordering::Relaxed);
     conn.home.store(deliver.map_or(0, |d| d.home), Ordering::Relaxed);
     conn.placed.store(deliver.is_some(), Ordering::Relaxed);

@@ -198,9 +198,7 @@ fn connect() -> bool {
             let _ = TICKET.set(Box::new(ticket));
             BOARD.store(Box::into_raw(Box::new(board)), Ordering::Release);
             table.set_followed(conn::followed());
-            if ANSWERS.load(Ordering::Relaxed) {
-                table.set_answers_for_tls();
-            }
+            table.set_answers_for_tls(ANSWERS.load(Ordering::Relaxed));
             conn::remember_gone();
             let old = slots();
             SLOTS.store(Box::into_raw(Box::new(table)), Ordering::Release);
@@ -357,12 +355,13 @@ pub(crate) fn set_followed(n: u32) {
     }
 }
 
-/// Tells the daemon that this process can go on with a connection that comes home with its TLS.
-pub(crate) fn set_answers_for_tls() {
-    if !ANSWERS.swap(true, Ordering::AcqRel)
+/// Tells the daemon whether this process can go on with a connection that comes with its TLS although its server begins with a
+/// handshake.
+pub(crate) fn set_answers_for_tls(can: bool) {
+    if ANSWERS.swap(can, Ordering::AcqRel) != can
         && let Some(slots) = slots()
     {
-        slots.set_answers_for_tls();
+        slots.set_answers_for_tls(can);
     }
 }
 

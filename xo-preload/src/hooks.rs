@@ -344,6 +344,14 @@ hooks! {
         unsafe { real()(fd) }
     }
 
+    fn getsockname(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+        let result = unsafe { real()(fd, address, len) };
+        if result == 0 {
+            unsafe { accepting::name_port(fd, address, *len) };
+        }
+        result
+    }
+
     fn shutdown(fd: c_int, how: c_int) -> c_int {
         if lifecycle::shutting_down(fd, how) {
             // What an emptied socket answers.

@@ -91,8 +91,8 @@ fn read_into(
     let want: usize = pieces.iter().map(|p| p.iov_len).fold(0, usize::saturating_add);
     let nonblocking = flags & libc::MSG_DONTWAIT != 0 || conn.mode.is_nonblocking(fd);
     let layer = conn.layer();
-    if layer.is_some()
-        && let Some(result) = tls::home::reading(fd, index, pieces, flags)
+    if let Some(layer) = &layer
+        && let Some(result) = tls::home::reading(fd, index, layer, pieces, flags)
     {
         return result;
     }

@@ -42,6 +42,8 @@ pub(crate) struct Layer {
     /// `close_notify` has been sent.
     said_goodbye: AtomicBool,
     common: Common,
+    /// Its server begins with a handshake, for which it makes an SSL object.
+    handshake: bool,
     /// For a server that has an SSL object for the connection: its name as a C string, and what the last call came to.
     name: Option<CString>,
     has_ssl: AtomicBool,
@@ -49,8 +51,8 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    /// Goes on with a connection; `None` when there is no such suite, or no memory.
-    pub(crate) fn new(state: &TlsState) -> Option<Layer> {
+    /// Goes on with a connection; `handshake`: its server begins with one. `None` when there is no such suite, or no memory.
+    pub(crate) fn new(state: &TlsState, handshake: bool) -> Option<Layer> {
         Some(Layer {
             version: state.version,
             cipher: state.cipher,
@@ -63,6 +65,7 @@ impl Layer {
             owes_update: AtomicBool::new(false),
             said_goodbye: AtomicBool::new(false),
             common: Common::new()?,
+            handshake,
             name: CString::new(state.server_name.as_str()).ok().filter(|name| !name.is_empty()),
             has_ssl: AtomicBool::new(false),
             ssl_error: AtomicI32::new(0),
@@ -116,6 +119,11 @@ impl Layer {
     /// Has the server an SSL object for it?
     pub(crate) fn has_ssl(&self) -> bool {
         self.has_ssl.load(Ordering::Acquire)
+    }
+
+    /// Will the server begin with a handshake?
+    pub(crate) fn awaits_handshake(&self) -> bool {
+        self.handshake && !self.has_ssl()
     }
 
     /// It has.

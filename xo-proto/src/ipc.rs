@@ -9,7 +9,7 @@ use crate::reason::Reason;
 use crate::tls::TlsState;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -171,6 +171,8 @@ pub struct Deliver {
     pub moves: u8,
     /// Its TLS, if it has any: what can be read from the descriptor is records.
     pub tls: Option<TlsState>,
+    /// With `tls`: the server speaks TLS itself on that port, and will begin with the handshake, which is long over.
+    pub handshake: bool,
 }
 
 /// Outcome of an [`Offload`], kept in the slot.

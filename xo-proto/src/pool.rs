@@ -66,6 +66,9 @@ pub enum ToWorker {
         handler: String,
         /// Bytes that can be read now: at least the beginning of a request.
         waiting: u32,
+        /// The client speaks TLS: the kernel makes plain bytes of its records, and records of what is written.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        tls: bool,
     },
     /// Why the channel is closed now.
     Error {
@@ -266,6 +269,7 @@ mod tests {
             server: "10.2.0.2:80".parse().expect("an address"),
             handler: "we\"b".into(),
             waiting: 90,
+            tls: false,
         };
         let packet = encode(&connection);
         let text = "{\"type\":\"connection\",\"connection\":7,\"client\":\"[fd00:1::2]:40000\",\

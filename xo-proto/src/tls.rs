@@ -29,7 +29,7 @@ pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
 pub use stream::{Proof, Stream};
-pub use suite::{Suite, Version};
+pub use suite::{Cipher, Suite, Version};
 
 /// Longest secret, bytes: a SHA-384 hash, or the master secret of TLS 1.2.
 pub const MAX_SECRET: usize = 48;

@@ -370,6 +370,15 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) {
     let _ = sys!(libc::SYS_ppoll, &raw mut poll, 1, &raw const t, 0, 8);
 }
 
+/// Has the descriptor room for more to be written, or an error to tell?
+#[must_use]
+pub fn is_writable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: one pollfd and a time that live through the call; no signal mask.
+    matches!(sys!(libc::SYS_ppoll, &raw mut poll, 1, &raw const now, 0, 8), Ok(1..))
+}
+
 /// epoll_ctl(2).
 ///
 /// # Errors
@@ -539,4 +548,14 @@ pub unsafe fn start_detached(
 pub fn close_range(first: u32, last: u32) {
     // SAFETY: numbers; closing them is what the caller was asked to do.
     let _ = sys!(libc::SYS_close_range, first, last, 0);
+}
+
+/// Returns when every RCU read-side section of the kernel that runs now is over: packets that are in the middle of a BPF program or of the
+/// tc filters are through. Takes milliseconds. `MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()` (kernel/sched/membarrier.c).
+///
+/// # Errors
+/// ENOSYS, and EINVAL on processors that are kept free of ticks (`nohz_full`).
+pub fn rcu_barrier() -> io::Result<()> {
+    // SAFETY: numbers only.
+    sys!(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0).map(drop)
 }

@@ -197,9 +197,9 @@ impl SlotTable {
         self.get().counters.get(counter).map_or(0, |c| c.load(Ordering::Relaxed))
     }
 
-    /// The process can go on with a connection that comes home with its TLS, although its server begins with a handshake.
-    pub fn set_answers_for_tls(&self) {
-        self.get().answers.store(1, Ordering::Relaxed);
+    /// Whether the process can go on with a connection that comes with its TLS although its server begins with a handshake.
+    pub fn set_answers_for_tls(&self, can: bool) {
+        self.get().answers.store(can.into(), Ordering::Relaxed);
     }
 
     /// Can it?

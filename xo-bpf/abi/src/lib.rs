@@ -62,6 +62,11 @@ pub enum Action {
 pub const FLAG_CLIENT_FIN: u32 = 1;
 /// [`FlowEntry::flags`]: the client has sent a RST.
 pub const FLAG_CLIENT_RST: u32 = 2;
+/// [`FlowEntry::flags`], set by user space: a flow rule may have the flow's packets too. Until it is gone, the entry is not given up.
+pub const FLAG_RULE: u32 = 4;
+/// [`FlowEntry::flags`], set by user space: a rule of the kernel's, behind this hook, has the flow's packets, except those that begin or end
+/// a connection.
+pub const FLAG_PASS: u32 = 8;
 
 /// Value of [`FLOWS_MAP`]. User space writes it whole; the program updates `flags`, `packets`, `bytes`, `last_ns`.
 #[repr(C)]
@@ -189,10 +194,14 @@ pub enum Path {
     QuoteSteered = 13,
     /// Ingress: an ICMP error about a packet of a held flow; passed to the local stack, where the connection still is.
     QuotePassed = 14,
+    /// Ingress: of a redirected flow that has a rule in the kernel; passed to it.
+    LeftToRule = 15,
+    /// Ingress: a SYN for a flow whose client had closed, but which a flow rule may have still; dropped: it comes again.
+    ReuseDropped = 16,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 15;
+pub const PATHS: u32 = 17;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -211,6 +220,8 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "expired",
     "quote_steered",
     "quote_passed",
+    "left_to_rule",
+    "reuse_dropped",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);

@@ -120,6 +120,9 @@ max_cwnd = 9
 [steering]
 max_flows = 1
 hold_bytes = 131_072
+flower = "software"
+flower_queue = 7
+flower_after = "512KiB"
 "#,
         policy.display()
     );
@@ -137,13 +140,32 @@ hold_bytes = 131_072
         [tls.ca, tls.cert, tls.key],
         ["ca.pem", "t1.pem", "t1.key"].map(|f| Path::new("/etc/xo").join(f))
     );
-    let attach = Handler { name: "web".into(), mode: HandlerMode::Attach { port: 80 } };
+    let attach = Handler { name: "web".into(), mode: HandlerMode::Attach { port: 80, tls: false } };
     let command = ["/bin/sh", "-c", "true"].map(String::from).to_vec();
     let exec = Handler { name: "hello".into(), mode: HandlerMode::Exec { command } };
     assert_eq!(c.handlers, [attach, exec]);
     assert_eq!((c.handoff.timeout, c.handoff.connect_timeout), (Duration::from_millis(250), Duration::ZERO));
     assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(7), 9));
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (1, 131_072));
+    assert_eq!((c.steering.flower, c.steering.flower_queue), (FlowerMode::Software, 7));
+    assert_eq!(c.steering.flower_after, Worth::Bytes(512 << 10));
+}
+
+#[test]
+fn a_flow_is_worth_a_rule_by_its_bytes_or_its_age() {
+    let default = load(BASE).steering;
+    assert_eq!((default.flower, default.flower_queue), (FlowerMode::Hardware, 1024));
+    assert_eq!(default.flower_after, Worth::Bytes(2 << 20));
+    for (text, worth) in [
+        ("0", Worth::Bytes(0)),
+        ("4096", Worth::Bytes(4096)),
+        ("1GiB", Worth::Bytes(1 << 30)),
+        ("500ms", Worth::Age(Duration::from_millis(500))),
+        ("10s", Worth::Age(Duration::from_secs(10))),
+    ] {
+        let c = load(&format!("{BASE}[steering]\nflower_after = \"{text}\"\n"));
+        assert_eq!(c.steering.flower_after, worth, "{text}");
+    }
 }
 
 #[test]
@@ -167,6 +189,21 @@ fn an_embedded_daemon_is_a_host_only() {
         assert_eq!(files, (!insecure).then_some(expected));
         assert_eq!((c.steering.max_flows, c.handoff.timeout), (65_536, Duration::from_millis(100)));
     }
+}
+
+#[test]
+fn certificates_go_by_the_name_of_the_node() {
+    let directory = Directory::new();
+    let at = |name: &str| directory.0.join(name);
+    let names = |files: TlsFiles| [files.ca, files.cert, files.key];
+    let unnamed = ["ca.pem", "node.pem", "node.key"].map(at);
+    assert_eq!(names(TlsFiles::of(&directory.0, "t1.test")), unnamed);
+    fs::write(at("t1.test.pem"), "").expect("a file");
+    assert_eq!(
+        names(TlsFiles::of(&directory.0, "t1.test")),
+        ["ca.pem", "t1.test.pem", "t1.test.key"].map(at)
+    );
+    assert_eq!(names(TlsFiles::of(&directory.0, "t2.test")), unnamed);
 }
 
 #[test]
@@ -233,7 +270,7 @@ fn what_is_not_toml_says_where() {
 
 #[test]
 fn unknown_keys_say_where_and_what_there_is() {
-    let all = "`node`, `listen`, `socket`, `interfaces`, `addresses`, `policy`, `metrics`, `tls`, `insecure`, \
+    let all = "`node`, `listen`, `socket`, `interfaces`, `addresses`, `policy`, `metrics`, `tls`, `insecure`, `tls_records`, \
                `users`, `handler`, `handoff`, `limits`, `steering`";
     let tls = "[tls]\nca = \"/a\"\ncert = \"/b\"\nkey = \"/c\"\nchain = \"/d\"\n";
     let handler = handler("attach", "port = 1\n  ports = 2");
@@ -242,7 +279,7 @@ fn unknown_keys_say_where_and_what_there_is() {
         (tls, "7:1: unknown field `chain`, expected one of `ca`, `cert`, `key`"),
         (
             &handler,
-            "7:3: unknown field `ports`, expected one of `name`, `mode`, `port`, `command`, `workers`, `socket`",
+            "7:3: unknown field `ports`, expected one of `name`, `mode`, `port`, `command`, `workers`, `socket`, `tls`",
         ),
         (
             "[limits]\ntimeout = 5\n",
@@ -250,7 +287,7 @@ fn unknown_keys_say_where_and_what_there_is() {
         ),
         (
             "[steering]\nmax_flows = 5\nring = 5\n",
-            "5:1: unknown field `ring`, expected one of `max_flows`, `hold_bytes`, `pin_directory`",
+            "5:1: unknown field `ring`, expected one of `max_flows`, `hold_bytes`, `pin_directory`, `flower`, `flower_queue`, `flower_after`",
         ),
     ]);
 }
@@ -374,6 +411,8 @@ fn a_handler_has_what_its_mode_needs_and_nothing_else() {
         (&handler("exec", "port = 1\ncommand = [\"/bin/sh\"]"), "6:8: mode `exec` has no `port`"),
         (&handler("exec", "command = [\"/bin/sh\"]\nworkers = 2"), "7:11: mode `exec` has no `workers`"),
         (&handler("attach", "port = 1\nsocket = \"/x\""), "7:10: mode `attach` has no `socket`"),
+        (&handler("exec", "command = [\"/bin/sh\"]\ntls = true"), "7:7: mode `exec` has no `tls`"),
+        (&handler("pool", "socket = \"/x\"\ntls = true"), "7:7: mode `pool` has no `tls`"),
         (&handler("exec", "command = []"), &format!("6:11: {program}")),
         (&handler("exec", "command = [\"sh\"]"), &format!("6:11: {program}")),
         (&handler("exec", "command = [\"/no/such\"]"), &format!("6:11: {program}")),
@@ -393,6 +432,17 @@ fn tables_have_a_size_that_the_kernel_takes() {
         ("[steering]\nhold_bytes = 65536\n", size),
         ("[steering]\nhold_bytes = 131073\n", size),
         ("[steering]\nhold_bytes = 4294967295\n", size),
+    ]);
+    let after = "4:16: flower_after is a number of bytes (\"2MiB\") or an age (\"10s\")";
+    errors(&[
+        ("[steering]\nflower_queue = 0\n", "4:16: flower_queue is 1 to 1048576"),
+        ("[steering]\nflower_after = \"\"\n", after),
+        ("[steering]\nflower_after = \"2 MiB\"\n", after),
+        ("[steering]\nflower_after = \"99999999999GiB\"\n", after),
+        (
+            "[steering]\nflower = \"nic\"\n",
+            "4:10: unknown variant `nic`, expected one of `hardware`, `software`, `off`",
+        ),
     ]);
 }
 
@@ -422,4 +472,17 @@ fn a_file_that_cannot_be_read_says_which() {
     fs::write(&path, b"node = \"\xff\"\n").expect("a file");
     let error = Config::load(&path).expect_err("not UTF-8").to_string();
     assert_eq!(error, format!("{}: stream did not contain valid UTF-8", path.display()));
+}
+
+#[test]
+fn who_does_the_record_layer() {
+    assert_eq!(load(BASE).tls_records, Records::Auto);
+    let said = |word: &str| Directory::new().load(&format!("{BASE}tls_records = \"{word}\"\n"));
+    assert_eq!(said("library").expect("library").tls_records, Records::Library);
+    match ktls::available() {
+        Ok(_) => assert_eq!(said("kernel").expect("kernel").tls_records, Records::Kernel),
+        Err(why) => errors(&[("tls_records = \"kernel\"\n", &format!("3:15: tls_records `kernel`: {why}"))]),
+    }
+    let unknown = "3:15: unknown variant `nic`, expected one of `auto`, `kernel`, `library`";
+    errors(&[("tls_records = \"nic\"\n", unknown)]);
 }

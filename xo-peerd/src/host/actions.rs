@@ -14,9 +14,10 @@ use xo_sys::tcp_repair;
 
 use super::{HostFlow, MAX_QUEUES, decide};
 use crate::clock::now_ns;
-use crate::engine::{Engine, Timer};
+use crate::engine::Engine;
 use crate::held::HeldPacket;
 use crate::steer::SteerError;
+use crate::timers::Timer;
 
 impl Engine {
     pub(super) fn hold(&mut self, id: HandoffId) -> Result<(), Reason> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
 use xo_proto::handoff::HostEvent;
+use xo_proto::wire::HandoffId;
 
 use super::HostFlow;
 use crate::clock::now_ns;
@@ -20,8 +21,8 @@ impl Engine {
     /// Looks at all redirects.
     pub(crate) fn sweep_hosted(&mut self) {
         let now = now_ns();
-        let news = |(id, flow): (&_, &HostFlow)| Some((*id, self.news_of(flow, now)?));
-        let news: Vec<_> = self.hosted.iter().filter_map(news).collect();
+        let news = self.hosted.iter().filter_map(|(id, flow)| Some((*id, self.news_of(*id, flow, now)?)));
+        let news: Vec<_> = news.collect();
         for (id, event) in news {
             self.host_event(id, event);
         }
@@ -29,8 +30,9 @@ impl Engine {
 
     /// What has to be assumed, or asked, about a redirect. Daemons that died in the middle of a move may have left nobody who
     /// says by himself that a connection is over.
-    fn news_of(&self, flow: &HostFlow, now: u64) -> Option<HostEvent> {
-        if !flow.is_away() {
+    fn news_of(&self, id: HandoffId, flow: &HostFlow, now: u64) -> Option<HostEvent> {
+        // What a rule takes is not seen; a flow that ends has none.
+        if !flow.is_away() || self.flower.has(id) {
             return None;
         }
         // No entry: the client has used its port for a new connection.

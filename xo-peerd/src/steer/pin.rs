@@ -12,7 +12,7 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 
 /// Version of the maps' layout; another one's flows cannot be taken over.
-const LAYOUT: u32 = 3;
+const LAYOUT: u32 = 4;
 /// `statfs` type of the BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -130,8 +130,8 @@ mod tests {
 
     #[test]
     fn only_this_layout_is_taken_over() {
-        assert_eq!(parse("v3-100-131072"), Some(Sizes { flows: 100, ring: 131_072 }));
-        for name in ["v2-100-131072", "v3-100", "v3-a-b", "v3-1-2-3", "other"] {
+        assert_eq!(parse("v4-100-131072"), Some(Sizes { flows: 100, ring: 131_072 }));
+        for name in ["v3-100-131072", "v4-100", "v4-a-b", "v4-1-2-3", "other"] {
             assert_eq!(parse(name), None, "{name}");
         }
     }

@@ -44,6 +44,11 @@ functions! {
     fn OpenSSL_version_num() -> c_ulong;
     fn CRYPTO_get_ex_new_index(c_int, c_long, *mut c_void, *mut c_void, *mut c_void, *mut c_void) -> c_int;
     fn BIO_ctrl(Object, c_int, c_long, *mut c_void) -> c_long;
+    fn BIO_read(Object, *mut c_void, c_int) -> c_int;
+    fn BIO_test_flags(Object, c_int) -> c_int;
+    fn BIO_write(Object, *const c_void, c_int) -> c_int;
+    fn ERR_pop_to_mark() -> c_int;
+    fn ERR_set_mark() -> c_int;
     fn SSL_CIPHER_find(Object, *const c_uchar) -> Object;
     fn SSL_CIPHER_get_protocol_id(Object) -> u16;
     fn SSL_CTX_get_ex_data(Object, c_int) -> *mut c_void;

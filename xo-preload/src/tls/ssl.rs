@@ -9,8 +9,9 @@ use xo_proto::protocol::{Limit, Requests};
 use xo_proto::reason::Reason;
 use xo_proto::tls::{RANDOM, Suite, Version};
 
+use super::home::{self, Answering};
 use super::openssl::{self, Keylog, Object, OpenSsl};
-use super::{Agreed, Received, home, secrets};
+use super::{Agreed, Received, secrets};
 use crate::conn::{self, Conn, Kind};
 use crate::interpose::Original;
 use crate::{daemon, init, io};
@@ -20,12 +21,15 @@ thread_local! {
     static CURRENT: Cell<Object> = const { Cell::new(null_mut()) };
 }
 
-/// Runs `call` as one on this object.
-fn inside<T>(ssl: Object, call: impl FnOnce() -> T) -> T {
+/// Runs `call` as one on this object, unless the object is answered for, or turns out to be by what `call` reads.
+fn inside<T>(ssl: Object, call: impl FnOnce() -> T) -> Result<T, Answering> {
+    if let Some(home) = home::of(ssl) {
+        return Err(home);
+    }
     let before = CURRENT.replace(ssl);
     let result = call();
     CURRENT.set(before);
-    result
+    if home::has_met(ssl) { home::of(ssl).map_or(Ok(result), Err) } else { Ok(result) }
 }
 
 /// The object whose call this thread is in, or null.
@@ -45,13 +49,7 @@ pub(super) fn bind(conn: &Conn, index: u32) -> Result<(), Reason> {
     let word = std::ptr::without_provenance_mut(cookie(conn, index));
     // SAFETY: the object whose call we are in; an index of ours.
     match unsafe { (openssl.call.SSL_set_ex_data)(ssl, openssl.ssl_index, word) } {
-        1 => {
-            // SAFETY: the same object.
-            if unsafe { (openssl.call.SSL_get_rfd)(ssl) } >= 0 {
-                daemon::set_answers_for_tls();
-            }
-            Ok(())
-        }
+        1 => Ok(()),
         _ => Err(Reason::TlsLibrary),
     }
 }
@@ -208,6 +206,7 @@ fn has_made(context: Object) -> Object {
     {
         // SAFETY: a context that nobody else knows yet; our word in it is null.
         unsafe { (openssl.call.SSL_CTX_set_keylog_callback)(context, Some(secrets::TOLD)) };
+        daemon::set_answers_for_tls(true);
     }
     context
 }
@@ -271,97 +270,75 @@ ssl_hooks! {
     }
 
     fn SSL_accept(real, ssl: Object) -> c_int, -1; {
-        if home::of(ssl).is_some() {
-            return 1;
-        }
-        let result = inside(ssl, || real(ssl));
-        if home::has_met(ssl) { 1 } else { result }
+        inside(ssl, || real(ssl)).unwrap_or(1)
     }
 
     fn SSL_do_handshake(real, ssl: Object) -> c_int, -1; {
-        if home::of(ssl).is_some() {
-            return 1;
-        }
-        let result = inside(ssl, || real(ssl));
-        if home::has_met(ssl) { 1 } else { result }
+        inside(ssl, || real(ssl)).unwrap_or(1)
     }
 
     // A server that would take early data begins the handshake with it.
     fn SSL_read_early_data(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
         /// `SSL_READ_EARLY_DATA_FINISH`.
         const FINISH: c_int = 2;
-        if home::of(ssl).is_none() {
-            let result = inside(ssl, || real(ssl, buffer, len, read));
-            if !home::has_met(ssl) {
-                return result;
-            }
-        }
-        *read = 0;
-        FINISH
+        inside(ssl, || real(ssl, buffer, len, read)).unwrap_or_else(|_| {
+            *read = 0;
+            FINISH
+        })
     }
 
     fn SSL_read(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
-        if home::of(ssl).is_none() {
-            let n = inside(ssl, || real(ssl, buffer, len));
-            if !home::has_met(ssl) {
+        match inside(ssl, || real(ssl, buffer, len)) {
+            Ok(n) => {
                 has_read(ssl, buffer, length(n));
-                return n;
+                n
             }
+            Err(home) => home.read(buffer, length(len), 0) as c_int,
         }
-        home::of(ssl).map_or(-1, |home| home.read(buffer, length(len), 0)) as c_int
     }
 
     fn SSL_read_ex(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
-        if home::of(ssl).is_none() {
-            let result = inside(ssl, || real(ssl, buffer, len, read));
-            if !home::has_met(ssl) {
+        match inside(ssl, || real(ssl, buffer, len, read)) {
+            Ok(result) => {
                 if result == 1 {
                     has_read(ssl, buffer, *read);
                 }
-                return result;
+                result
             }
+            Err(home) => told(home.read(buffer, len, 0), read),
         }
-        told(home::of(ssl).map_or(-1, |home| home.read(buffer, len, 0)), read)
     }
 
     fn SSL_peek(real, ssl: Object, buffer: *mut c_void, len: c_int) -> c_int, -1; {
-        if home::of(ssl).is_none() {
-            let n = inside(ssl, || real(ssl, buffer, len));
-            if !home::has_met(ssl) {
-                return n;
-            }
-        }
-        home::of(ssl).map_or(-1, |home| home.read(buffer, length(len), libc::MSG_PEEK)) as c_int
+        let peek = |home: Answering| home.read(buffer, length(len), libc::MSG_PEEK) as c_int;
+        inside(ssl, || real(ssl, buffer, len)).unwrap_or_else(peek)
     }
 
     fn SSL_peek_ex(real, ssl: Object, buffer: *mut c_void, len: usize, read: *mut usize) -> c_int, 0; {
-        if home::of(ssl).is_none() {
-            let result = inside(ssl, || real(ssl, buffer, len, read));
-            if !home::has_met(ssl) {
-                return result;
-            }
-        }
-        told(home::of(ssl).map_or(-1, |home| home.read(buffer, len, libc::MSG_PEEK)), read)
+        let peek = |home: Answering| told(home.read(buffer, len, libc::MSG_PEEK), read);
+        inside(ssl, || real(ssl, buffer, len, read)).unwrap_or_else(peek)
     }
 
     fn SSL_write(real, ssl: Object, buffer: *const c_void, len: c_int) -> c_int, -1; {
-        if let Some(home) = home::of(ssl) {
-            return home.write(buffer, length(len)) as c_int;
+        match inside(ssl, || real(ssl, buffer, len)) {
+            Ok(n) => {
+                has_written(ssl, buffer, length(n));
+                n
+            }
+            Err(home) => home.write(buffer, length(len)) as c_int,
         }
-        let n = inside(ssl, || real(ssl, buffer, len));
-        has_written(ssl, buffer, length(n));
-        n
     }
 
     fn SSL_write_ex(real, ssl: Object, buffer: *const c_void, len: usize, written: *mut usize) -> c_int, 0; {
-        if let Some(home) = home::of(ssl) {
-            return told(home.write(buffer, len), written);
+        match inside(ssl, || real(ssl, buffer, len, written)) {
+            Ok(result) => {
+                if result == 1 {
+                    has_written(ssl, buffer, *written);
+                }
+                result
+            }
+            Err(home) => told(home.write(buffer, len), written),
         }
-        let result = inside(ssl, || real(ssl, buffer, len, written));
-        if result == 1 {
-            has_written(ssl, buffer, *written);
-        }
-        result
     }
 
     fn SSL_sendfile(real, ssl: Object, file: c_int, offset: libc::off_t, len: usize, flags: c_int) -> isize, -1; {
@@ -372,10 +349,7 @@ ssl_hooks! {
     }
 
     fn SSL_shutdown(real, ssl: Object) -> c_int, -1; {
-        match home::of(ssl) {
-            Some(home) => home.shut_down(),
-            None => inside(ssl, || real(ssl)),
-        }
+        inside(ssl, || real(ssl)).unwrap_or_else(|home| home.shut_down())
     }
 
     fn SSL_get_error(real, ssl: Object, result: c_int) -> c_int, 1; {

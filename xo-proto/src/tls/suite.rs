@@ -24,10 +24,14 @@ impl Version {
     }
 }
 
+/// How records are protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cipher {
+pub enum Cipher {
+    /// AES-128 in GCM.
     Aes128Gcm,
+    /// AES-256 in GCM.
     Aes256Gcm,
+    /// RFC 8439.
     Chacha20Poly1305,
 }
 
@@ -62,6 +66,12 @@ impl Suite {
     #[must_use]
     pub fn version(self) -> Version {
         self.version
+    }
+
+    /// Its cipher.
+    #[must_use]
+    pub fn cipher(self) -> Cipher {
+        self.cipher
     }
 
     /// Length of the key, bytes.

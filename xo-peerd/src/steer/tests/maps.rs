@@ -1,6 +1,6 @@
 //! The daemon's side of the maps: who owns an entry, how many there are, what a load refuses.
 
-use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
+use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE};
 
 use super::super::*;
 use super::bench::{Bench, Hook, Verdict, owner};
@@ -57,6 +57,37 @@ fn what_the_program_removed_is_counted_out_once() {
     // The port's next connection moves as well.
     bench.steer.hold(&key(40000), 9, 0).expect("an entry");
     assert_eq!(bench.steer.flow_entries(), 2);
+}
+
+#[test]
+fn a_flow_with_a_rule_is_left_to_it_and_kept_until_it_is_gone() {
+    let mut bench = Bench::new();
+    let run = |bench: &mut Bench, flags: &str| {
+        bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 {flags}")))
+    };
+    bench.steer.hold(&key(40000), 7, 0).expect("an entry");
+    assert!(bench.steer.mark_rule(&key(40000), 7, FLAG_RULE).is_err(), "a held flow has no rule");
+    bench.steer.redirect(&key(40000), 7, (0, 1), target()).expect("the flip");
+    assert!(matches!(bench.steer.mark_rule(&key(40000), 8, FLAG_RULE), Err(SteerError::NotOurs)));
+    // A NIC's rule: what it has not taken is redirected.
+    bench.steer.mark_rule(&key(40000), 7, FLAG_RULE).expect("an entry");
+    run(&mut bench, "A");
+    assert_eq!(bench.paths(), [("redirected", 1)]);
+    // The kernel's: only what begins or ends a connection is.
+    bench.steer.mark_rule(&key(40000), 7, FLAG_RULE | FLAG_PASS).expect("an entry");
+    for flags in ["A", "PA", "FA"] {
+        run(&mut bench, flags);
+    }
+    let seen = bench.steer.flow(&key(40000)).expect("an entry");
+    assert_eq!((seen.packets, seen.flags), (2, FLAG_CLIENT_FIN | FLAG_RULE | FLAG_PASS));
+    // The port is used again: not yet.
+    run(&mut bench, "S");
+    assert_eq!(bench.paths(), [("redirected", 2), ("left_to_rule", 2), ("reuse_dropped", 1)]);
+    bench.steer.mark_rule(&key(40000), 7, 0).expect("an entry");
+    let seen = bench.steer.flow(&key(40000)).expect("an entry");
+    assert_eq!((seen.packets, seen.flags), (2, FLAG_CLIENT_FIN), "what was seen stays known");
+    run(&mut bench, "S");
+    assert_eq!(bench.steer.flow(&key(40000)), None);
 }
 
 #[test]

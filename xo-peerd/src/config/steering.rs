@@ -1,0 +1,137 @@
+//! `[steering]`: sizes of tables, and which flows get a rule of tc-flower.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{ConfigError, Fail, default_pins};
+
+/// Longest queue of flow rules.
+const MAX_FLOWER_QUEUE: u32 = 1 << 20;
+/// How packets are steered.
+#[derive(Clone, Debug)]
+pub(crate) struct Steering {
+    /// Entries in the flow table, and in the rewrite table.
+    pub(crate) max_flows: u32,
+    /// Room for held packets, bytes; a power of two.
+    pub(crate) hold_bytes: u32,
+    /// Where programs and maps are pinned, to outlive the daemon; `None`: they end with it.
+    pub(crate) pin_directory: Option<PathBuf>,
+    /// Who carries out flow rules.
+    pub(crate) flower: FlowerMode,
+    /// Rules that may wait to be put in.
+    pub(crate) flower_queue: usize,
+    /// Flows that get a rule.
+    pub(crate) flower_after: Worth,
+}
+
+/// Who carries out flow rules (tc-flower).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FlowerMode {
+    /// The NIC.
+    #[default]
+    Hardware,
+    /// The kernel: for tests.
+    Software,
+    /// Nobody: there are none.
+    Off,
+}
+
+/// When a flow is worth a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Worth {
+    /// The eBPF program has redirected so many bytes, from the network header on.
+    Bytes(u64),
+    /// It has been away for so long.
+    Age(Duration),
+}
+
+impl Worth {
+    /// `0`, `4096`, `512KiB`, `2MiB`, `1GiB`, `500ms`, `10s`.
+    fn parse(text: &str) -> Option<Worth> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let number: u64 = number.parse().ok()?;
+        let bytes = |shift: u32| number.checked_mul(1 << shift).map(Worth::Bytes);
+        match unit {
+            "" => bytes(0),
+            "KiB" => bytes(10),
+            "MiB" => bytes(20),
+            "GiB" => bytes(30),
+            "ms" => Some(Worth::Age(Duration::from_millis(number))),
+            "s" => Some(Worth::Age(Duration::from_secs(number))),
+            _ => None,
+        }
+    }
+}
+
+impl Default for Steering {
+    fn default() -> Self {
+        Steering {
+            max_flows: 65_536,
+            hold_bytes: 4 << 20,
+            pin_directory: None,
+            flower: FlowerMode::default(),
+            flower_queue: 1024,
+            flower_after: Worth::Bytes(2 << 20),
+        }
+    }
+}
+
+/// The section of the file.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileSteering {
+    max_flows: Option<Spanned<u32>>,
+    hold_bytes: Option<Spanned<u32>>,
+    pin_directory: Option<Spanned<PathBuf>>,
+    flower: Option<FlowerMode>,
+    flower_queue: Option<Spanned<u32>>,
+    flower_after: Option<Spanned<String>>,
+}
+
+impl FileSteering {
+    pub(super) fn checked(self, node: &str, fail: Fail<'_>) -> Result<Steering, ConfigError> {
+        let mut steering = Steering { pin_directory: default_pins(node), ..Steering::default() };
+        if let Some(directory) = self.pin_directory {
+            let at = directory.span().start;
+            steering.pin_directory = match directory.into_inner() {
+                none if none == Path::new("none") => None,
+                path if path.starts_with("/sys/fs/bpf/") => Some(path),
+                path => {
+                    let message = format!("pin_directory {}: \"none\", or below /sys/fs/bpf", path.display());
+                    return Err(fail(at, message));
+                }
+            };
+        }
+        if let Some(n) = self.max_flows {
+            if *n.get_ref() == 0 {
+                return Err(fail(n.span().start, "max_flows is at least 1".into()));
+            }
+            steering.max_flows = n.into_inner();
+        }
+        if let Some(n) = self.hold_bytes {
+            if !n.get_ref().is_power_of_two() || *n.get_ref() < 1 << 17 {
+                return Err(fail(n.span().start, "hold_bytes is a power of two, at least 131072".into()));
+            }
+            steering.hold_bytes = n.into_inner();
+        }
+        steering.flower = self.flower.unwrap_or_default();
+        if let Some(n) = self.flower_queue {
+            if !(1..=MAX_FLOWER_QUEUE).contains(n.get_ref()) {
+                return Err(fail(n.span().start, format!("flower_queue is 1 to {MAX_FLOWER_QUEUE}")));
+            }
+            steering.flower_queue = n.into_inner() as usize;
+        }
+        if let Some(text) = self.flower_after {
+            steering.flower_after = Worth::parse(text.get_ref()).ok_or_else(|| {
+                let message = "flower_after is a number of bytes (\"2MiB\") or an age (\"10s\")";
+                fail(text.span().start, message.into())
+            })?;
+        }
+        Ok(steering)
+    }
+}
