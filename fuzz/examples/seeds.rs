@@ -46,6 +46,9 @@ const REPLIES: [&str; 4] = [
     "=7\r\ntxt:abc\r\n!5\r\nERR x\r\n$0\r\n\r\n*0\r\n",
 ];
 
+/// A push of null elements, and lengths that are none.
+const PUSHES: &[u8] = b"\0\0\0\x02\n*-1\r\n>3\r\n+mess$-1\r\n$1\r\nx\r\n>2\r\n+messag*\r\n$2\r\n\n>2\xff\xff\xff\xff\xff\xff\r\n+mess$-1\r\n$1\r\nx\r\n\xbd\xcd\xf2\xf5\xd4\x92\x9a\x8csag*\r\n$1\r\nx\r\n";
+
 const POLICIES: [&str; 7] = [
     "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
      balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
@@ -148,12 +151,13 @@ fn local_messages() -> Vec<Vec<u8>> {
         handler: "web".into(),
         moves: 1,
         tls: Some(tls()),
+        used: 4,
         decided_ns: 3,
     };
     let to_daemon = [
         ToDaemon::Hello { version: 1, ticket: Some([7; 16]) },
         ToDaemon::Offload(offload),
-        ToDaemon::Register { epoll: true },
+        ToDaemon::Register { epoll: true, tls: true },
         ToDaemon::Take { wake_port: 5 },
         ToDaemon::Query(ipc::Query::Flows),
         ToDaemon::Recover { slot: 1, generation: 2 },
@@ -168,6 +172,7 @@ fn local_messages() -> Vec<Vec<u8>> {
             home: 3,
             moves: 2,
             tls: Some(tls()),
+            handshake: true,
         }),
         FromDaemon::Nothing,
     ];
@@ -247,6 +252,14 @@ const TLS_SUITES: [(Version, u16); 6] = [
     (Version::Tls12, 0xcca8),
 ];
 
+/// For each version: requests in one record and in many, new keys, warnings, an end; then what is no record.
+const TLS_INCOMING: [&[u8]; 4] = [
+    &[0, 7, 255, 3, 40, 9, 10, 20, 200, 30, 210, 5, 211, 1, 1, 1, 230, 199, 220],
+    &[2, 9, 1, 2, 4, 7, 199, 199, 211, 199, 200, 3, 250, 22, 3, 3, 0, 1, 0],
+    &[3, 1, 60, 60, 5, 0, 10, 20, 230, 40, 240, 50, 60, 220],
+    &[5, 2, 255, 255, 255, 255, 199, 3, 2, 1, 200, 240, 250, 23, 3, 3, 0, 20, 1, 2],
+];
+
 /// Lines of a keylog.
 const KEYLOG: [&str; 2] = [
     "CLIENT_TRAFFIC_SECRET_0 a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0 \
@@ -279,12 +292,13 @@ fn main() {
         ("http_request", with(&[4, 30, 255, 0, 2, 255, 9, 60, 0b1101_1000], &REQUESTS)),
         ("http_response", with(&[1, 0, 4, 30, 255, 2, 0], &RESPONSES)),
         ("resp_request", with(&[4, 30, 255, 0, 2, 255, 9, 60], &COMMANDS)),
-        ("resp_reply", with(&[3, 4, 30, 255, 2], &REPLIES)),
+        ("resp_reply", with(&[3, 4, 30, 255, 2], &REPLIES).into_iter().chain([PUSHES.to_vec()]).collect()),
         ("wire", wire()),
         ("policy", with(&[], &POLICIES)),
         ("pool", with(&[], &POOLS)),
         ("packet", packets()),
         ("handoff", handoffs()),
+        ("tls_incoming", TLS_INCOMING.map(<[u8]>::to_vec).to_vec()),
         ("tls_record", tls_records().into_iter().chain(keylog()).collect()),
     ];
     for (target, seeds) in all {

@@ -98,10 +98,9 @@ class Bed:
                     program.kill()
                     program.wait()
             for node in self.nodes:
-                # What a daemon that was killed has left pinned; its name ends in the namespace's number.
-                namespace = pathlib.Path(f"/run/netns/{self.prefix}{node}")
-                if namespace.exists():
-                    shutil.rmtree(f"/sys/fs/bpf/xo/{node}-{namespace.stat().st_ino}", ignore_errors=True)
+                # What a daemon that was killed has left pinned.
+                if self._namespace(node).exists():
+                    shutil.rmtree(self._pin_base(node), ignore_errors=True)
             if self.standing:
                 self._testbed("down")
         finally:
@@ -211,22 +210,23 @@ class Bed:
             + '[[handler]]\nname = "web"\nmode = "attach"\nport = 80\n'
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])
-        self._wait(f"xo-peerd on {node}", f"{node}-peerd", program, lambda: self.status(node) is not None)
+        self.wait(f"xo-peerd on {node}", f"{node}-peerd", program, lambda: self.status(node) is not None)
         return program
 
-    def nginx(self, node, workers=1, preload=True, policy="policy.toml"):
+    def nginx(self, node, workers=1, preload=True, policy="policy.toml", more="", connections=8192):
         """Starts nginx, under the library unless told otherwise, and waits until it answers.
 
-        `policy` is a file of the bed's directory; with None the library has no policy and does nothing.
+        `policy` is a file of the bed's directory; with None the library has no policy and does nothing. `more`: lines of
+        its configuration's server. `connections`: of each worker, at most.
         """
         config = self.directory / f"{node}-nginx.conf"
         config.write_text(
             f"user www-data; worker_processes {workers}; daemon off; pid {self.directory}/{node}.pid;\n"
             f"error_log {self.directory}/{node}-nginx.log notice;\n"
-            "events { worker_connections 8192; }\n"
+            f"events {{ worker_connections {connections}; }}\n"
             "http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000;\n"
             f"server {{ listen 80; listen [::]:80; root {self.directory}/www;\n"
-            f"add_header X-Node {node} always; }} }}\n"
+            f"add_header X-Node {node} always; {more} }} }}\n"
         )
         environment = {
             "LD_PRELOAD": str(BUILD / "libxo_preload.so"),
@@ -240,28 +240,33 @@ class Bed:
         def answers():
             return subprocess.run(self.inside("client", probe), check=False).returncode == 0
 
-        self._wait(f"nginx on {node}", name, program, answers)
+        self.wait(f"nginx on {node}", name, program, answers)
         return program
 
-    def everything(self, workers=1, order="early"):
-        """Daemons and servers on all nodes; targets are ready to take connections."""
+    def everything(self, workers=1, order="early", at_host="", more="", connections=8192):
+        """Daemons and servers on all nodes; targets are ready to take connections.
+
+        `more`, `connections`: as of `nginx`; `at_host`: the same as `more`, for the host alone.
+        """
         for node in self.nodes:
             self.peerd(node, order)
         for node in self.nodes:
-            self.nginx(node, workers)
+            its = more + at_host if node == "host" else more
+            self.nginx(node, workers, more=its, connections=connections)
         for node in self.targets:
             # Each worker has an IPv4 and an IPv6 socket.
             ready = lambda: (self.status(node) or {}).get("acceptors", {}).get("web", 0) >= 2 * workers
-            self._wait(f"the handler on {node}", f"{node}-peerd", None, ready)
+            self.wait(f"the handler on {node}", f"{node}-peerd", None, ready)
         for node in self.nodes:
-            self._wait(f"all targets for {node}", f"{node}-peerd", None, lambda: self._sees_all(node))
+            self.wait(f"all targets for {node}", f"{node}-peerd", None, lambda: self._sees_all(node))
 
     def _sees_all(self, node):
         """Has each of its policy's other machines reported?"""
         targets = (self.status(node) or {}).get("targets")
         return targets is not None and all(t["state"] == "up" for t in targets if t["node"] != node)
 
-    def _wait(self, what, name, program, ready):
+    def wait(self, what, name, program, ready):
+        """Waits until `ready()`; ends the program when `program`, whose log has this name, has ended, or time is up."""
         end = time.monotonic() + STARTUP_S
         while not ready():
             if program is not None and program.poll() is not None:
@@ -269,6 +274,20 @@ class Bed:
             if time.monotonic() > end:
                 die(f"{what} is not ready:\n{self.log(name)}")
             time.sleep(0.02)
+
+    def _namespace(self, node):
+        return pathlib.Path(f"/run/netns/{self.prefix}{node}")
+
+    def _pin_base(self, node):
+        """A daemon's pins: the name ends in the namespace's number."""
+        return pathlib.Path(f"/sys/fs/bpf/xo/{node}-{self._namespace(node).stat().st_ino}")
+
+    def pins(self, node):
+        """Where a node's daemon has pinned programs and maps."""
+        found = list(self._pin_base(node).iterdir())
+        if len(found) != 1:
+            die(f"{node} has pinned {found}")
+        return found[0]
 
     def socket(self, node):
         """The daemon's Unix socket."""
@@ -283,7 +302,7 @@ class Bed:
     def wait_idle(self):
         """Waits until no connection is offloaded or served by XO."""
         idle = lambda: all((self.status(n) or {}).get("flows_active") == 0 for n in self.nodes)
-        self._wait("the last connections", "host-peerd", None, idle)
+        self.wait("the last connections", "host-peerd", None, idle)
 
     def counters(self, node):
         """The kernel's TCP counters and the interface's bytes of a node."""

@@ -68,6 +68,32 @@ impl Counters {
         self.get("OutRsts")
     }
 
+    /// No reset ended anything. What a server's stack says of a connection that has left, to a packet that came in the last moment,
+    /// is counted by it and goes no further. The client's stack may answer a tail loss probe (RFC 8985, 7) of a server's FIN with a
+    /// reset when the ACK that was sent after it comes first, as it can on a virtual interface, which has a queue for each
+    /// processor: the client's connection is CLOSED by then, the server's in TIME-WAIT.
+    ///
+    /// # Panics
+    /// When there was one.
+    pub fn no_reset(&self, bed: &Bed) {
+        let servers = bed.servers();
+        let muted: u64 = servers.iter().map(|n| bed.status(n, "/steering/packets/muted")).sum();
+        let of_client = self.get_on("client", "OutRsts");
+        println!("muted resets: {muted}; of closed connections of the client: {of_client}");
+        assert_eq!(self.get_on("client", "EstabResets"), 0, "{}", self.troubles());
+        let of_servers = self.resets() - of_client;
+        assert!(of_servers <= i64::try_from(muted).expect("a few"), "{muted} muted: {}", self.troubles());
+        let aborted = self.on_client_that_begins_with("TCPAbort");
+        let probes: i64 = servers.iter().map(|n| self.get_on(n, "TCPLossProbes")).sum();
+        assert!(of_client <= probes && aborted == 0, "{aborted} aborted: {}", self.troubles());
+    }
+
+    /// Counters of the client whose names begin like this, together.
+    fn on_client_that_begins_with(&self, name: &str) -> i64 {
+        let is_it = |full: &str| full.strip_prefix("client ").is_some_and(|n| n.starts_with(name));
+        self.0.iter().filter(|(full, _)| is_it(full)).map(|(_, value)| value).sum()
+    }
+
     /// Segments sent again.
     #[must_use]
     pub fn retransmissions(&self) -> i64 {

@@ -34,6 +34,12 @@ pub struct Server {
     _backend: Option<Program>,
 }
 
+impl From<Program> for Server {
+    fn from(program: Program) -> Server {
+        Server { program, _backend: None }
+    }
+}
+
 impl Kind {
     fn name(self) -> &'static str {
         match self {

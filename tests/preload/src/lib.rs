@@ -23,6 +23,7 @@ pub mod shards;
 pub mod tls;
 pub mod tls_targets;
 pub mod traffic;
+pub mod wire;
 
 pub use bed::Bed;
 pub use client::{Connection, Response};

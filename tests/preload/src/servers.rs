@@ -159,6 +159,19 @@ impl Bed {
         }
     }
 
+    /// None of these daemons has refused a hand-off, nor lost one.
+    ///
+    /// # Panics
+    /// When one has.
+    pub fn nothing_refused(&self, nodes: &[&str]) {
+        for node in nodes {
+            let status = self.try_status(node).expect("a status");
+            let why = (&status["refused_by_reason"], &status["failed_by_reason"]);
+            let counts = (&status["refused_total"], &status["failed_total"]);
+            assert_eq!(counts, (&0.into(), &0.into()), "{node}: {why:?}");
+        }
+    }
+
     /// After daemon and server of a node have been stopped: no file, no BPF program is left of them.
     ///
     /// # Panics

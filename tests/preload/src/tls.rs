@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ if 'ciphers' in options:
 "#;
 
 /// A client on TLS: `client.py ADDRESS PORT ROOT OPTIONS`. Options are JSON: `version`, `alpn`, `chunk` (bytes for each record that
-/// is sent), `connections` (later ones resume the first's session), `steps` (`["GET", path]` or `["PUT", path, size]`). What is
+/// is sent), `goodbye` (close_notify at the end, and the server's is waited for), `connections` (later ones resume the first's session), `steps` (`["GET", path]` or `["PUT", path, size]`). What is
 /// served is compared with the file below ROOT, and so is what was uploaded.
 const CLIENT: &str = r#"
 import http.client
@@ -86,6 +87,8 @@ for _ in range(options.get('connections', 1)):
         session = s.session
         connections.append({'steps': steps, 'version': s.version(), 'suite': s.cipher()[0],
                             'resumed': s.session_reused})
+        if options.get('goodbye'):
+            s.unwrap()
 print(json.dumps(connections))
 "#;
 
@@ -136,6 +139,8 @@ server.serve_forever()
 pub struct Https {
     /// The bed: a host and a target.
     pub bed: Bed,
+    /// More lines for the head of all daemons' configurations.
+    pub head: String,
 }
 
 impl Https {
@@ -167,7 +172,7 @@ impl Https {
             command.arg("-keyout").arg(bed.directory().join(format!("{name}.key")));
             bed.run("host", command.arg("-out").arg(bed.directory().join(format!("{name}.pem"))));
         }
-        Https { bed }
+        Https { bed, head: String::new() }
     }
 
     /// Daemons on all nodes.
@@ -182,7 +187,7 @@ impl Https {
             let d = d.display();
             let tls =
                 format!("[tls]\nca = \"{d}/ca.pem\"\ncert = \"{d}/{node}.pem\"\nkey = \"{d}/{node}.key\"\n");
-            PeerdOptions { head: head.into(), sections: tls + handlers }
+            PeerdOptions { head: format!("{head}\n{}", self.head), sections: tls + handlers }
         };
         self.bed.servers().iter().map(|node| self.bed.peerd(node, &options(node))).collect()
     }
@@ -260,6 +265,14 @@ impl Https {
     /// For nginx and Python, which have functions of their own, and lighttpd, whose module for TLS is another package; when it
     /// does not listen.
     pub fn server(&self, kind: Kind, node: &str) -> Server {
+        self.server_as(kind, node, |program| self.preloaded(node, program))
+    }
+
+    /// As [`Https::server`]; `command` makes the command for a program's name.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn server_as(&self, kind: Kind, node: &str, command: impl FnOnce(&str) -> Command) -> Server {
         let d = self.bed.directory().display();
         let pair: String = ["rsa.pem", "rsa.key"]
             .iter()
@@ -284,7 +297,7 @@ impl Https {
             }
             Kind::Nginx | Kind::Python | Kind::Lighttpd => panic!("{kind:?} is not started here"),
         };
-        let mut server = kind.start_with(&self.bed, node, |program| self.preloaded(node, program), edit);
+        let mut server = kind.start_with(&self.bed, node, command, edit);
         self.bed.wait_listening(node, 443, &mut server.program);
         server
     }
@@ -385,7 +398,7 @@ impl Interactive {
         client
     }
 
-    /// Says something, and waits for this in the answer.
+    /// Says something, and waits for this in the answer; empty: for nothing.
     ///
     /// # Panics
     /// When it does not come.
@@ -394,10 +407,25 @@ impl Interactive {
         let before = if text.is_empty() { 0 } else { count(&self.said.lock().expect("no panic")) };
         let input = self.child.stdin.as_mut().expect("its input");
         input.write_all(text.as_bytes()).expect("it reads");
+        if answer.is_empty() {
+            // It takes what it is told in one read, and a command only when it has a read to itself.
+            let read = wait_for(Duration::from_secs(20), || waits_in(input) == 0);
+            assert!(read, "{text} is not read");
+            return;
+        }
         let answered =
             wait_for(Duration::from_secs(20), || count(&self.said.lock().expect("no panic")) > before);
         assert!(answered, "no answer to {text}: {}", self.said.lock().expect("no panic"));
     }
+}
+
+/// How much of what was written into a pipe has not been read, bytes.
+fn waits_in(pipe: &ChildStdin) -> libc::c_int {
+    let mut n: libc::c_int = 0;
+    // SAFETY: an open descriptor, and a place for the number.
+    let result = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut n) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    n
 }
 
 impl Drop for Interactive {

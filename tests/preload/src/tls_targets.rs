@@ -8,12 +8,15 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::content;
+use crate::kinds::{Kind, Server};
 use crate::program::Program;
 use crate::servers::{PEER_PORT, address};
 use crate::tls::{CLIENT_HEAD, Https, Suite};
 
 /// Where the targets' servers listen.
 pub const PLAIN: u16 = 8080;
+/// A handler of the same name whose server has TLS itself.
+pub const TLS_HANDLER: &str = "[[handler]]\nname = \"plain\"\nmode = \"attach\"\nport = 443\ntls = true\n";
 /// The handler that names it.
 pub const HANDLER: &str = "[[handler]]\nname = \"plain\"\nmode = \"attach\"\nport = 8080\n";
 
@@ -104,6 +107,39 @@ impl Https {
         programs
     }
 
+    /// As [`Https::everything`], with another server with TLS at the host, and, if `at_target` names one, such a one on the first
+    /// target; the other targets have nginx with TLS. Else all targets have plain nginx.
+    ///
+    /// # Panics
+    /// When they do not come up.
+    #[must_use]
+    pub fn servers(&self, home: Kind, at_target: Option<Kind>) -> Vec<Server> {
+        let policy = self.bed.file("targets.toml", &self.target_policy());
+        let handler = if at_target.is_some() { TLS_HANDLER } else { HANDLER };
+        let daemons = self.daemons_for(&format!("policy = \"{}\"", policy.display()), handler);
+        let mut programs: Vec<Server> = daemons.into_iter().map(Server::from).collect();
+        self.share_objects();
+        for (i, node) in self.targets().iter().enumerate() {
+            programs.push(match at_target {
+                None => self.plain_nginx(node).into(),
+                Some(kind) if i == 0 => self.tls_server(kind, node),
+                Some(_) => self.tls_server(Kind::Nginx, node),
+            });
+            self.bed.wait_acceptors(node, "plain", 1);
+        }
+        programs.push(self.tls_server(home, "host"));
+        self.bed.wait_connected(&self.bed.servers());
+        programs
+    }
+
+    fn tls_server(&self, kind: Kind, node: &str) -> Server {
+        match kind {
+            Kind::Nginx => self.nginx(node, self.with_policy(node, "nginx"), "").into(),
+            Kind::Python => self.python(node, self.with_policy(node, "python3")).into(),
+            other => self.server_as(other, node, |program| self.with_policy(node, program)),
+        }
+    }
+
     /// nginx without TLS on a target.
     ///
     /// # Panics
@@ -160,6 +196,8 @@ impl Https {
 /// `result` is printed.
 const WIRE: &str = r#"
 body = sys.argv[5]
+# Python has OpenSSL take an end without close_notify for one with it.
+context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
 
 class Wire:
     def __init__(self, rcvbuf=None):
@@ -241,6 +279,59 @@ def upload(path, size):
 result = None
 exec(body)
 print(json.dumps(result))
+"#;
+
+/// A thread for each connection; see [`Https::crowd`].
+const CROWD: &str = r#"
+import http.client, threading
+
+nodes, requests = options['nodes'], options['requests']
+sizes = ['0', '1', '1k', '64k', '1m', '20m']
+objects = {size: open(f'{root}/img/{size}', 'rb').read() for size in sizes}
+lock, right, places, errors = threading.Lock(), 0, {}, []
+
+def one(s, number, turn):
+    n = number * requests + turn
+    node = nodes[(number + turn // 2) % len(nodes)]
+    size = sizes[5 if n % 800 == 7 else 4 if n % 40 == 3 else n % 4]
+    if n % 5 == 4 and size != '20m':
+        path, body = f'/up/{node}/{number}', objects[size]
+        s.sendall(f'PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+    else:
+        path, body = f'/img/{node}/{size}', None
+        s.sendall(f'GET {path} HTTP/1.1\r\nHost: x\r\n\r\n'.encode())
+    response = http.client.HTTPResponse(s, method='GET')
+    response.begin()
+    got = response.read()
+    if body is not None:
+        with open(root + path, 'rb') as f:
+            got = f.read()
+    expected = objects[size] if body is None else body
+    assert response.status in (200, 201, 204) and got == expected, f'{path}: {response.status}, {len(got)} bytes'
+    return response.getheader('X-Node')
+
+def run(number):
+    global right
+    try:
+        plain = socket.create_connection((address, port), timeout=60)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with context.wrap_socket(plain, server_hostname='a.example') as s:
+            for turn in range(requests):
+                node = one(s, number, turn)
+                with lock:
+                    right += 1
+                    places[node] = places.get(node, 0) + 1
+            s.unwrap().close()
+    except Exception as e:
+        with lock:
+            errors.append(f'connection {number}: {e!r}')
+
+threads = [threading.Thread(target=run, args=(number,)) for number in range(options['connections'])]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(json.dumps({'right': right, 'places': places, 'errors': errors}))
 "#;
 
 /// A server that reads each request in the way that its path names, and answers with what it has read: `ways.py NODE PORT`.
@@ -375,6 +466,23 @@ impl Https {
         programs.push(self.nginx("host", self.with_policy("host", "nginx"), ""));
         self.bed.wait_connected(&self.bed.servers());
         programs
+    }
+
+    /// So many connections at once with so many requests each, of all sizes, some of them uploads: `right` (how many answers were),
+    /// `places` (who answered), `errors`.
+    ///
+    /// # Panics
+    /// When the client itself fails.
+    #[must_use]
+    pub fn crowd(&self, suite: Suite, connections: u64, requests: u64) -> Value {
+        let script = self.bed.file("crowd.py", &format!("{CLIENT_HEAD}{CROWD}"));
+        let mut command = Command::new("python3");
+        let options =
+            json!({ "connections": connections, "requests": requests, "nodes": self.bed.servers() });
+        let options = self.say_suite(&mut command, suite, options);
+        command.arg(script).args([address("host"), "443".into()]).arg(self.bed.root("host"));
+        let output = self.bed.run("client", command.arg(options.to_string()));
+        serde_json::from_str(&output).unwrap_or_else(|e| panic!("{e}: {output}"))
     }
 
     /// Runs this Python with a [`WIRE`] of the suite; what it leaves in `result`.

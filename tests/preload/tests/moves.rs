@@ -17,16 +17,6 @@ fn place(nodes: &[String], number: usize, i: usize) -> String {
     nodes[(number + i * (1 + i / n)) % n].clone()
 }
 
-/// No reset was on the wire. What a stack says of a connection that has left, to a packet that came in the last moment, is
-/// counted by it and goes no further.
-fn no_reset(bed: &Bed, counted: &Counters) {
-    let muted: u64 = bed.servers().iter().map(|n| bed.status(n, "/steering/packets/muted")).sum();
-    let muted = i64::try_from(muted).expect("a few");
-    println!("muted resets: {muted}");
-    assert_eq!(counted.get_on("client", "EstabResets"), 0, "{}", counted.troubles());
-    assert!(counted.resets() <= muted, "{muted} muted: {}", counted.troubles());
-}
-
 #[test]
 fn one_connection_goes_wherever_each_request_belongs() {
     let bed = Bed::up(3, 1);
@@ -47,7 +37,7 @@ fn one_connection_goes_wherever_each_request_belongs() {
         });
         let counted = Counters::of(&bed).since(&before);
         println!("{}", counted.troubles());
-        no_reset(&bed, &counted);
+        counted.no_reset(&bed);
     }
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
     for node in bed.servers() {
@@ -168,7 +158,7 @@ fn hundreds_of_connections_go_wherever_each_request_belongs() {
     println!("served elsewhere: {elsewhere:#?}");
     assert!(elsewhere.len() as u64 <= refused, "{refused} refused: {elsewhere:#?}");
     assert!(refused <= 10, "{refused} of 8000 requests refused");
-    no_reset(&bed, &counted);
+    counted.no_reset(&bed);
     bed.wait_idle(&["host", "t1", "t2", "t3"]);
     drop((daemons, servers));
 }

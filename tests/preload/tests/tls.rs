@@ -270,3 +270,24 @@ fn the_servers_own_keylog_goes_on() {
         assert_eq!(lines.lines().filter(|l| l.starts_with(label)).count(), 1, "{lines}");
     }
 }
+
+/// OpenSSL has the second one when the first is over, and the socket does not: the connection stays for good.
+#[test]
+fn requests_in_one_record_stay_at_the_host() {
+    let https = Https::up();
+    let _daemons = https.daemons();
+    let _nginx = https.nginx("host", https.preloaded("host", "nginx"), "");
+    for (i, suite) in SUITES.into_iter().enumerate() {
+        let served = https.wire(
+            suite,
+            "w = Wire()\n\
+             assert w.get('/loc/1k') == 'host'\n\
+             paths = ['/loc/1', '/img/1k', '/img/0']\n\
+             w.push(w.seal(b''.join(request(p) for p in paths)))\n\
+             result = [w.got(p) for p in paths] + [w.get('/img/64k')]\n",
+        );
+        assert_eq!(served, json!(["host", "host", "host", "host"]), "{suite:?}");
+        assert_eq!(https.counted("tls_pending"), i as u64 + 1, "{suite:?}: {}", https.about());
+        assert_eq!(https.counted("asked"), 0, "{suite:?}: {}", https.about());
+    }
+}

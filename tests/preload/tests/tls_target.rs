@@ -320,3 +320,40 @@ fn ways_to_read_and_write() {
     }
     https.assert_nothing_refused();
 }
+
+/// The tickets are from connections that have moved, and those that resume with them move, too.
+#[test]
+fn resumed_sessions_move() {
+    let https = Https::up();
+    let _programs = https.everything();
+    for suite in SUITES {
+        let got = https.client(443, Some(suite), json!({ "steps": steps(), "connections": 3 }));
+        https.assert_places(&got, &PLACES);
+        let resumed = [&got[0]["resumed"], &got[1]["resumed"], &got[2]["resumed"]];
+        assert_eq!(resumed, [false, true, true], "{got}");
+    }
+    https.assert_nothing_refused();
+}
+
+/// The client goes on with its next key in the middle of a request that moves, or has just moved.
+#[test]
+fn new_keys_in_the_middle_of_a_request() {
+    let https = Https::with_targets(2);
+    let _programs = https.everything();
+    for (_, suite) in &SUITES[..3] {
+        let mut client = Interactive::start(&https, &format!("-tls1_3 -ciphersuites {suite}"));
+        // At the host a head that is interrupted by a new key is not followed.
+        client.say("HEAD /img/t1/1k HTTP/1.1\nHost: x\n\n", "X-Node: t1");
+        for command in ["K", "k"] {
+            for place in ["t2", "t1", "host"] {
+                client.say(&format!("HEAD /img/{place}/1k HTTP/1.1\n"), "");
+                client.say(&format!("{command}\n"), "KEYUPDATE");
+                client.say("Host: x\n\n", &format!("X-Node: {place}"));
+                let upload = format!("PUT /up/{place}/keys HTTP/1.1\nHost: x\nContent-Length: 12\n\nhello\n");
+                client.say(&upload, "");
+                client.say(&format!("{command}\n"), "KEYUPDATE");
+                client.say("world\n", &format!("X-Node: {place}"));
+            }
+        }
+    }
+}

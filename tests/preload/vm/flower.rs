@@ -88,6 +88,7 @@ fn a_flow_is_steered_by_rules_alone_until_they_go() {
             handle: 77,
             source: client,
             destination: server,
+            ends: true,
             rewrite: Rewrite {
                 source: None,
                 destination: Some(place),
