@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -10,10 +11,25 @@ import cluster
 import handoff
 import overhead
 import rebalance
+import scale
+import scaleout
+import sharded
 import steering
+import throughput
+import withdrawal
 
 RESULTS = cluster.ROOT / "bench" / "wrk" / "results"
-PARTS = {"handoff": handoff, "overhead": overhead, "steering": steering, "rebalance": rebalance}
+PARTS = {
+    "throughput": throughput,
+    "scaleout": scaleout,
+    "handoff": handoff,
+    "overhead": overhead,
+    "steering": steering,
+    "rebalance": rebalance,
+    "sharded": sharded,
+    "scale": scale,
+    "withdrawal": withdrawal,
+}
 
 
 def arguments():
@@ -52,6 +68,13 @@ def write(path, machine, parts):
     path.with_suffix(".md").write_text("\n".join(text))
 
 
+def plot(part, results):
+    """Draws a part, if it has a program that draws; by the system's Python, for it has the package."""
+    program = pathlib.Path(__file__).with_name(f"{part}_plot.py")
+    if program.exists():
+        subprocess.run(["/usr/bin/python3", "-B", program, results, results.with_name(f"{part}.svg")], check=True)
+
+
 def main():
     """Runs what was asked for."""
     chosen = arguments()
@@ -66,8 +89,7 @@ def main():
         print(f"{name}: {time.monotonic() - begun:.0f} s\n\n{PARTS[name].table(parts[name][1])}", flush=True)
         # What is measured is kept, should a later part fail.
         write(chosen.out, machine, parts)
-        if name == "rebalance":
-            rebalance.plot(chosen.out, chosen.out.with_name("rebalance.svg"))
+        plot(name, chosen.out)
     print(f"written: {chosen.out} and {chosen.out.with_suffix('.md')}")
 
 

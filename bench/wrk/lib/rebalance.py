@@ -5,7 +5,6 @@ its daemon reports; nobody but the policy moves anything.
 """
 
 import json
-import pathlib
 import subprocess
 import time
 
@@ -95,12 +94,6 @@ def run(quick):
             "samples": samples,
         }
     ]
-
-
-def plot(results, path):
-    """Load of each target over time, as SVG; by the system's Python, for it has the package."""
-    program = pathlib.Path(__file__).with_name("rebalance_plot.py")
-    subprocess.run(["/usr/bin/python3", "-B", program, results, path], check=True)
 
 
 def table(rows):

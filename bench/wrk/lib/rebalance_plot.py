@@ -1,21 +1,11 @@
-"""Draws the load of each target over time: RESULTS_JSON SVG. Debian's python3-matplotlib is needed."""
+"""Draws the load of each target over time."""
 
-import json
-import pathlib
-import sys
-
-import matplotlib
-
-matplotlib.use("svg")
-# The same figures make the same file.
-matplotlib.rcParams["svg.hashsalt"] = "xo"
-from matplotlib import pyplot  # noqa: E402 (the backend comes first)
+import plotting
 
 
-def main():
+def draw(rows, pyplot):
     """One line a target."""
-    rows = json.loads(pathlib.Path(sys.argv[1]).read_text())["rows"]
-    row = next(r for r in rows if r["part"] == "rebalance")
+    row = rows[0]
     figure, axes = pyplot.subplots(figsize=(7, 3))
     times = [at for at, _ in row["samples"]]
     for target in sorted(row["loads_after"]):
@@ -23,9 +13,8 @@ def main():
     axes.axvline(row["leave_at_s"], color="grey", linestyle=":")
     axes.set(xlabel="time, s", ylabel="connections served", ylim=(0, None))
     axes.legend(ncol=len(row["loads_after"]), loc="lower right")
-    figure.tight_layout()
-    figure.savefig(sys.argv[2], metadata={"Date": None})
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    plotting.main("rebalance", draw)
