@@ -14,6 +14,9 @@ use super::{
 };
 use crate::raw::{self, sys};
 
+/// One packet is what may come; more do where nobody holds them.
+const MOST_LOOKS: u32 = 8;
+
 /// A connection's two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ends {
@@ -80,7 +83,7 @@ fn dump_whatever(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, Rep
         let reason = if mptcp { Reason::Mptcp } else { Reason::DumpFailed };
         RepairError { step: "TCP_REPAIR", reason, source }
     })?;
-    let record = state(fd, &info, limit).and_then(|tcp| {
+    let record = settled(fd, &info, limit).and_then(|tcp| {
         let buffers = buffers(fd).step("SO_MEMINFO", Reason::DumpFailed)?;
         Ok(ConnRecord { client: ends.client, local: ends.local, tcp, buffers, tls: None })
     });
@@ -90,12 +93,30 @@ fn dump_whatever(fd: RawFd, ends: &Ends, limit: usize) -> Result<ConnRecord, Rep
     record
 }
 
+/// What had passed the hook when the flow's packets began to be held may reach the socket between two looks at it: then all is looked
+/// at again.
+fn settled(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairError> {
+    let mut result = state(fd, info, limit);
+    for _ in 1..MOST_LOOKS {
+        match &result {
+            Err(e) if matches!(e.reason, Reason::StateMoved | Reason::UrgentData) => {
+                result = state(fd, info, limit);
+            }
+            _ => break,
+        }
+    }
+    result
+}
+
 fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairError> {
     let failed = Reason::DumpFailed;
     let queued = count(fd, libc::FIONREAD as i32).step("SIOCINQ", failed)?;
     let outstanding = count(fd, libc::TIOCOUTQ as i32).step("SIOCOUTQ", failed)?;
     let unsent = if outstanding == 0 { 0 } else { unsent(fd).step("SIOCOUTQNSD", failed)? };
-    if queued + outstanding > limit || unsent > outstanding {
+    if unsent > outstanding {
+        return Err(RepairError::state("send queue", Reason::StateMoved));
+    }
+    if queued + outstanding > limit {
         return Err(RepairError::state("queues", Reason::QueuesTooLong));
     }
     let mss_clamp = get_u32(fd, libc::TCP_MAXSEG).step("TCP_MAXSEG", failed)?;

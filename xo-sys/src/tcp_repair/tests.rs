@@ -1,6 +1,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -141,6 +142,41 @@ fn long_queues_move_in_both_directions() {
     assert!(wrote > 100_000, "only {wrote} bytes were queued");
     drop(server);
     assert_eq!(client.read(&mut [0; 1]).expect("end"), 0);
+}
+
+/// No urgent data is there: what comes meanwhile moves the counts.
+#[test]
+fn bytes_that_arrive_during_a_dump_are_in_it_or_come_after_it() {
+    let (client, server) = pair("127.0.0.1:0");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let sender = s.spawn(|| {
+            let mut sent = 0_u32;
+            while !stop.load(Ordering::Relaxed) && sent < 200_000 {
+                (&client).write_all(&[sent as u8]).expect("write");
+                sent += 1;
+                let t = Instant::now();
+                while t.elapsed() < Duration::from_micros(50) {
+                    std::hint::spin_loop();
+                }
+            }
+            sent
+        });
+        for _ in 0..500 {
+            let record = dumped(&server, 1 << 20);
+            if record.is_ok() {
+                resume(server.as_raw_fd()).expect("resume");
+            }
+            let received = record.map(|r| r.tcp.received);
+            let received = received.unwrap_or_else(|e| panic!("{}: {e}", e.reason().name()));
+            assert!(
+                received.iter().enumerate().all(|(i, byte)| *byte == i as u8),
+                "in order, from the first"
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(sender.join().expect("no panic") > 0);
+    });
 }
 
 #[test]
