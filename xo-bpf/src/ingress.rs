@@ -2,7 +2,7 @@
 //! is being moved are kept for replay.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{
     bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_redirect_neigh, bpf_skb_load_bytes,
 };
@@ -97,7 +97,7 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         add(&raw mut entry.bytes, length.into());
         entry.last_ns = now_ns;
     }
-    if entry.action == Action::Hold as u32 {
+    if entry.action == Action::Hold as u32 || queues(entry, now_ns) {
         let kept = hold(ctx, packet, entry.flow_id, length);
         count(if kept { Path::Held } else { Path::HoldDropped });
         return TC_ACT_SHOT;
@@ -118,6 +118,19 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
     }
     count(Path::Redirected);
     send_on(ctx, &to, now_ns)
+}
+
+/// Has a redirected packet to queue behind held ones? Others' count as well: the ring tells only that all have gone.
+#[inline(always)]
+fn queues(entry: &mut FlowEntry, now_ns: u64) -> bool {
+    if entry.ordered_until_ns == 0 {
+        return false;
+    }
+    if now_ns < entry.ordered_until_ns && HELD.query(BPF_RB_AVAIL_DATA.into()) != 0 {
+        return true;
+    }
+    entry.ordered_until_ns = 0;
+    false
 }
 
 /// The time to live with which a packet goes on: one less if it goes to another machine, as at any router, so that nothing can

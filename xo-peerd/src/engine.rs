@@ -54,6 +54,7 @@ const PEER_LISTENER: Token = Token(1 << KIND_BITS);
 const SIGNALS: Token = Token(2 << KIND_BITS);
 const WAKER: Token = Token(3 << KIND_BITS);
 const ROUTES: Token = Token(4 << KIND_BITS);
+const HELD: Token = Token(5 << KIND_BITS);
 /// The lowest bits of a token: what it is. The others: which.
 const KIND_BITS: u32 = 3;
 const KINDS: usize = (1 << KIND_BITS) - 1;
@@ -119,8 +120,6 @@ pub(crate) struct Engine {
     /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
     pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
     pub(crate) hosted: HashMap<HandoffId, Box<HostFlow>>,
-    /// Hand-offs for which packets are held.
-    pub(crate) with_held: Vec<HandoffId>,
     /// Boxed, as the hosted ones are: many come and go, and the tables have room for several times as many.
     pub(crate) served: HashMap<ServedKey, Box<Served>>,
     /// Connections served here by their keys in the steering tables, as this machine's sockets know them.
@@ -212,6 +211,7 @@ impl Engine {
             registry.register(&mut SourceFd(&signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         }
         registry.register(&mut SourceFd(&parts.steer.routes_fd()), ROUTES, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&parts.steer.held_fd()), HELD, Interest::READABLE)?;
         if let Some(l) = &mut parts.peer_listener {
             registry.register(l, PEER_LISTENER, Interest::READABLE)?;
         }
@@ -241,7 +241,6 @@ impl Engine {
             dials: HashMap::new(),
             freshness: HashMap::new(),
             hosted: HashMap::new(),
-            with_held: Vec::new(),
             served: HashMap::new(),
             by_flow: HashMap::new(),
             at_home: HashMap::new(),
@@ -329,6 +328,9 @@ impl Engine {
                 self.on_spawned();
                 self.on_flower();
             }
+            HELD => {
+                self.drain_held();
+            }
             ROUTES => {
                 self.steer.routes_changed();
                 self.renew_rules();
@@ -378,7 +380,6 @@ impl Engine {
                 Timer::TargetDeadline(key) => self.target_deadline(&key),
                 Timer::TargetFence(key, number) => self.target_fence(&key, number),
                 Timer::Dial(node) => self.dial_timer(&node),
-                Timer::DrainHeld => self.drain_held(),
                 Timer::Settled(id) => self.start_when_settled(id),
                 Timer::Linger(id) => self.host_event(id, HostEvent::LingerOver),
                 Timer::Detour(key) => self.detour_deadline(&key),
@@ -399,7 +400,7 @@ impl Engine {
             Timer::TargetDeadline(key) | Timer::TargetFence(key, _) | Timer::Detour(key) => {
                 served.contains_key(key)
             }
-            Timer::Dial(_) | Timer::DrainHeld | Timer::Waiting(_) | Timer::Worker(_) | Timer::Tick => true,
+            Timer::Dial(_) | Timer::Waiting(_) | Timer::Worker(_) | Timer::Tick => true,
         });
     }
 

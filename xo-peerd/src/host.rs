@@ -285,7 +285,7 @@ impl Engine {
         if self.puts_off(refuse.id) {
             return;
         }
-        self.collect_held();
+        self.drain_held();
         if let Some(flow) = self.told_by_its_target(index, refuse.id) {
             log::debug!("{} refuses {}: {} {}", flow.target, flow.client, refuse.reason, refuse.detail);
             // Given up there after the client saw a part of the answer: nobody can go on with that.
@@ -351,7 +351,7 @@ impl Engine {
 
     /// The target has certainly given up what it was not confirmed, unless the client's packets say otherwise.
     pub(crate) fn host_doubt_over(&mut self, id: HandoffId) {
-        self.collect_held();
+        self.drain_held();
         if self.waits_for_library(id) {
             return;
         }

@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact};
@@ -30,6 +31,8 @@ static OBJECT: &[u8] =
 const NO_EXIST: u64 = 1;
 /// `BPF_EXIST`: update only.
 const EXIST: u64 = 2;
+/// A daemon that takes longer to send on what was held is not there any more.
+const ORDERED_FOR: Duration = Duration::from_millis(100);
 /// As often as libbpf does.
 const VERIFIER_ATTEMPTS: usize = 5;
 
@@ -193,7 +196,7 @@ impl Steer {
     }
 
     /// Turns a held flow into a redirected one, or points a redirected one elsewhere: one map update, so there is no
-    /// moment in between.
+    /// moment in between. A flow that was held is redirected once the ring is empty: its packets queue there until then.
     pub(crate) fn redirect(
         &mut self,
         key: &FlowKey,
@@ -221,6 +224,9 @@ impl Steer {
         entry.flags = held.flags;
         entry.last_ns = held.last_ns;
         entry.hop = hop as u16;
+        if action == Action::Redirect && held.action == Action::Hold as u32 {
+            entry.ordered_until_ns = now_ns() + ORDERED_FOR.as_nanos() as u64;
+        }
         // The program may have removed the entry meanwhile: the client's port then serves a new connection.
         insert(&mut self.flows, key, &entry, EXIST)
     }
@@ -353,7 +359,13 @@ impl Steer {
         self.rewrites.get(key, 0).ok()
     }
 
-    /// Gives out what the ring holds, oldest first. No system call.
+    /// Is readable when the ring has something: then it is time for [`Steer::drain_held`].
+    pub(crate) fn held_fd(&self) -> RawFd {
+        self.held.as_raw_fd()
+    }
+
+    /// Gives out what the ring holds, oldest first. No system call. A packet is in the ring until `out` has returned: redirected flows wait
+    /// for that (`FlowEntry::ordered_until_ns`).
     pub(crate) fn drain_held(&mut self, out: &mut dyn FnMut(&HeldHeader, &[u8])) {
         while let Some(item) = self.held.next() {
             let Some((header, packet)) = item.split_at_checked(size_of::<HeldHeader>()) else { continue };
@@ -429,6 +441,7 @@ fn flow_entry(action: Action, flow_id: u64, peer: u32, to_addr: [u32; 4], to_por
         to_port,
         hop: 0,
         peer,
+        ordered_until_ns: 0,
     }
 }
 

@@ -24,8 +24,6 @@ pub(crate) enum Timer {
     TargetFence(ServedKey, u32),
     /// A parked request's peer has not come up, or a back-off is over.
     Dial(String),
-    /// Packets may have been held while HOLD became REDIRECT.
-    DrainHeld,
     /// It is settled that a guest is here, which its server has asked to move; or known by now whether a channel is quick.
     Settled(HandoffId),
     /// No packet comes by a detour any more.

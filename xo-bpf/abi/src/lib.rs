@@ -68,7 +68,8 @@ pub const FLAG_RULE: u32 = 4;
 /// a connection.
 pub const FLAG_PASS: u32 = 8;
 
-/// Value of [`FLOWS_MAP`]. User space writes it whole; the program updates `flags`, `packets`, `bytes`, `last_ns`.
+/// Value of [`FLOWS_MAP`]. User space writes it whole; the program updates `flags`, `packets`, `bytes`, `last_ns`,
+/// `ordered_until_ns`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowEntry {
@@ -94,6 +95,9 @@ pub struct FlowEntry {
     /// The target, by its number in the daemon's list of names. For user space only: a restarted daemon finds its flows
     /// again in the pinned map.
     pub peer: u32,
+    /// REDIRECT, until this time (`CLOCK_MONOTONIC` nanoseconds): while user space has not sent on all that [`HELD_MAP`] holds, packets
+    /// queue there too, so that none overtakes those before it. The program clears it when the ring is empty; 0: packets go their way.
+    pub ordered_until_ns: u64,
 }
 
 /// Value of [`HOPS_MAP`]: the way to an address. User space writes it whole, again and again.
@@ -225,7 +229,7 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);
-const _: () = assert!(size_of::<FlowEntry>() == 64);
+const _: () = assert!(size_of::<FlowEntry>() == 72);
 const _: () = assert!(size_of::<NextHop>() == 32);
 const _: () = assert!(size_of::<RewriteEntry>() == 80);
 const _: () = assert!(size_of::<HeldHeader>() == 56);

@@ -68,9 +68,9 @@ impl Engine {
     }
 
     pub(super) fn redirect(&mut self, id: HandoffId, to: SocketAddr) -> Option<HostEvent> {
-        // What was held goes first, so that it is not overtaken by what comes after the flip.
+        // What was held goes first; what comes from now on until all of it has gone queues behind it.
         self.send_late(id, to);
-        self.collect_held();
+        self.drain_held();
         let flow = self.hosted.get_mut(&id)?;
         let peer = self.state.number(&flow.target, flow.address);
         let hop = flow.hop;
@@ -84,16 +84,14 @@ impl Engine {
         {
             return failed(flow.client, e);
         }
-        self.replay_all_held(id, Some(to));
+        self.replay_held(id, Some(to));
         let flow = self.hosted.get_mut(&id)?;
         if let Err(e) = self.steer.redirect(&flow.key, id, (peer, hop), to) {
             return failed(flow.client, e);
         }
         flow.to = Some(to);
         flow.times.redirected = now_ns();
-        // A packet may have been held between the replay and the flip.
         self.drain_held();
-        self.at(Instant::now() + Duration::from_millis(1), Timer::DrainHeld);
         None
     }
 
@@ -120,9 +118,9 @@ impl Engine {
         {
             log::error!("taking {} back: {e}", flow.client);
         }
-        self.replay_all_held(id, None);
+        self.replay_all_here(id);
         self.remove_entry_of(id);
-        self.replay_all_held(id, None);
+        self.replay_all_here(id);
     }
 
     /// HOLD or REDIRECT.

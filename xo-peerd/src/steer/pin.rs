@@ -12,7 +12,7 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 
 /// Version of the maps' layout; another one's flows cannot be taken over.
-const LAYOUT: u32 = 4;
+const LAYOUT: u32 = 5;
 /// `statfs` type of the BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -130,9 +130,12 @@ mod tests {
 
     #[test]
     fn only_this_layout_is_taken_over() {
-        assert_eq!(parse("v4-100-131072"), Some(Sizes { flows: 100, ring: 131_072 }));
-        for name in ["v3-100-131072", "v4-100", "v4-a-b", "v4-1-2-3", "other"] {
-            assert_eq!(parse(name), None, "{name}");
+        let ours = |rest: &str| parse(&format!("v{LAYOUT}-{rest}"));
+        assert_eq!(ours("100-131072"), Some(Sizes { flows: 100, ring: 131_072 }));
+        assert_eq!(parse(&format!("v{}-100-131072", LAYOUT - 1)), None);
+        for rest in ["100", "a-b", "1-2-3"] {
+            assert_eq!(ours(rest), None, "{rest}");
         }
+        assert_eq!(parse("other"), None);
     }
 }

@@ -90,6 +90,33 @@ fn a_flow_with_a_rule_is_left_to_it_and_kept_until_it_is_gone() {
     assert_eq!(bench.steer.flow(&key(40000)), None);
 }
 
+/// What is redirected must not overtake what was held before it.
+#[test]
+fn a_flow_is_redirected_once_what_was_held_has_gone() {
+    let mut bench = Bench::new();
+    let run = |bench: &mut Bench, port: u16| {
+        bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp {port} > 80 PA"))).0
+    };
+    bench.steer.hold(&key(40000), 7, 0).expect("an entry");
+    assert_eq!(run(&mut bench, 40000), Verdict::Drop);
+    bench.steer.redirect(&key(40000), 7, (0, 1), target()).expect("the flip");
+    assert_eq!(run(&mut bench, 40000), Verdict::Drop, "it queues");
+    assert_eq!(bench.held().len(), 2);
+    assert_eq!(run(&mut bench, 40000), Verdict::Redirect);
+    assert_eq!(bench.steer.flow(&key(40000)).expect("an entry").ordered_until_ns, 0);
+    // From here on others' packets are nothing to it.
+    bench.steer.hold(&key(40001), 8, 0).expect("an entry");
+    assert_eq!(run(&mut bench, 40001), Verdict::Drop);
+    assert_eq!(run(&mut bench, 40000), Verdict::Redirect);
+    assert_eq!(bench.paths(), [("held", 3), ("redirected", 2)]);
+    // A daemon that does not come keeps nobody waiting.
+    bench.steer.redirect(&key(40001), 8, (0, 1), target()).expect("the flip");
+    let until = bench.steer.flow(&key(40001)).expect("an entry").ordered_until_ns;
+    assert!(now_ns() < until);
+    std::thread::sleep(ORDERED_FOR);
+    assert_eq!(run(&mut bench, 40001), Verdict::Redirect);
+}
+
 #[test]
 fn an_entry_has_one_owner() {
     let mut steer = Bench::new().steer;
@@ -133,6 +160,7 @@ fn a_redirect_knows_how_the_client_closed() {
         bench.steer.hold(&key(40000), 7, 0).expect("an entry");
         bench.run(Hook::Ingress, &frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 {flags}")));
         let last_ns = bench.steer.flow(&key(40000)).expect("the entry").last_ns;
+        assert_eq!(bench.held().len(), 1);
         bench.steer.redirect(&key(40000), 7, (0, 1), target()).expect("the flip");
         let entry = bench.steer.flow(&key(40000)).expect("the entry");
         let state = (entry.action, entry.flags, entry.packets, entry.bytes, entry.last_ns);
