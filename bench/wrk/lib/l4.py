@@ -34,7 +34,7 @@ def flow(client_port, target):
     """Key and value of FLOWS: what comes to the host's port goes on to the target's."""
     key = address("client") + address("host") + port(client_port) + port(serving.L4_PORT)
     value = struct.pack("=QQQQII", FLOW_ID, 0, 0, 0, REDIRECT, 0)
-    return key, value + address(target) + port(serving.L4_TARGET_PORT) + struct.pack("=HI", 0, 0)
+    return key, value + address(target) + port(serving.L4_TARGET_PORT) + struct.pack("=HIQ", 0, 0, 0)
 
 
 def rewrite(client_port, target):
@@ -78,5 +78,5 @@ class Static:
 def check_layout():
     """Sizes of what is written here; those of xo-bpf/abi are asserted there."""
     sizes = [len(part) for pair in (flow(1, "t1"), rewrite(1, "t1")) for part in pair]
-    if sizes != [36, 64, 36, 80] or socket.htons(1) == 1:
+    if sizes != [36, 72, 36, 80] or socket.htons(1) == 1:
         cluster.die(f"l4: the tables' layout is another one: {sizes}")
