@@ -1,7 +1,7 @@
 //! What is to happen later.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use xo_proto::wire::HandoffId;
@@ -38,9 +38,18 @@ pub(crate) enum Timer {
     Tick,
 }
 
+/// How many lengths of time there may be before some share a heap.
+const LANES: usize = 8;
+
 /// The timers, earliest first. They are not cancelled: their handlers look whether they still mean anything.
+///
+/// There are many, of a few lengths of time each, so those of one length are armed in the order in which they are due: a queue for each
+/// length costs less than a heap.
 #[derive(Default)]
 pub(crate) struct Timers {
+    /// Each in order.
+    lanes: [VecDeque<(Instant, Timer)>; LANES],
+    /// What fits behind none of them.
     heap: BinaryHeap<Reverse<(Instant, Timer)>>,
     /// How many the last purge has left.
     kept: usize,
@@ -49,33 +58,56 @@ pub(crate) struct Timers {
 impl Timers {
     /// One more.
     pub(crate) fn arm(&mut self, when: Instant, timer: Timer) {
-        self.heap.push(Reverse((when, timer)));
+        let last = |lane: &VecDeque<(Instant, Timer)>| lane.back().map(|(last, _)| *last);
+        // Behind the latest that is not later, so that each length keeps its lane.
+        let fitting = self.lanes.iter_mut().filter(|lane| last(lane).is_none_or(|last| last <= when));
+        match fitting.max_by_key(|lane| last(lane)) {
+            Some(lane) => lane.push_back((when, timer)),
+            None => self.heap.push(Reverse((when, timer))),
+        }
+    }
+
+    /// When the earliest is due, and its lane if it is in one.
+    fn earliest(&self) -> Option<(Instant, Option<usize>)> {
+        let lanes = self.lanes.iter().enumerate();
+        let fronts = lanes.filter_map(|(i, lane)| lane.front().map(|(when, _)| (*when, Some(i))));
+        fronts.chain(self.heap.peek().map(|Reverse((when, _))| (*when, None))).min()
     }
 
     /// How long until the earliest.
     pub(crate) fn until_next(&self) -> Option<Duration> {
-        self.heap.peek().map(|Reverse((when, _))| when.saturating_duration_since(Instant::now()))
+        self.earliest().map(|(when, _)| when.saturating_duration_since(Instant::now()))
     }
 
     /// Takes out the earliest if its time has come, with what time it is now.
     pub(crate) fn due(&mut self) -> Option<(Instant, Timer)> {
         let now = Instant::now();
-        let Reverse((when, _)) = self.heap.peek()?;
-        if *when > now {
-            return None;
-        }
-        self.heap.pop().map(|Reverse((_, timer))| (now, timer))
+        let (_, lane) = self.earliest().filter(|(when, _)| *when <= now)?;
+        let timer = match lane {
+            Some(lane) => self.lanes[lane].pop_front().map(|(_, timer)| timer),
+            None => self.heap.pop().map(|Reverse((_, timer))| timer),
+        };
+        timer.map(|timer| (now, timer))
+    }
+
+    fn len(&self) -> usize {
+        self.lanes.iter().map(VecDeque::len).sum::<usize>() + self.heap.len()
     }
 
     /// Drops those that mean nothing any more, once they may be the half of all: so their number is bounded by that of
     /// those that do, and a timer costs the same however many there are.
     pub(crate) fn purge(&mut self, means_something: impl Fn(&Timer) -> bool) {
-        if self.heap.len() < 2 * self.kept.max(FEW) {
+        if self.len() < 2 * self.kept.max(FEW) {
             return;
         }
         self.heap.retain(|Reverse((_, timer))| means_something(timer));
-        self.kept = self.heap.len();
-        self.heap.shrink_to(2 * self.kept.max(FEW));
+        for lane in &mut self.lanes {
+            lane.retain(|(_, timer)| means_something(timer));
+        }
+        self.kept = self.len();
+        let room = 2 * self.kept.max(FEW);
+        self.heap.shrink_to(room);
+        self.lanes.iter_mut().for_each(|lane| lane.shrink_to(room));
     }
 }
 
@@ -103,6 +135,38 @@ mod tests {
     }
 
     #[test]
+    fn any_order_of_arming_comes_out_in_order() {
+        let mut timers = Timers::default();
+        let begun = Instant::now() - Duration::from_secs(10);
+        let mut x = 1_u64;
+        let mut all: Vec<_> = (0..10_000)
+            .map(|_| {
+                // xorshift64
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                x >> 32
+            })
+            .collect();
+        all.iter().for_each(|t| timers.arm(begun + Duration::from_nanos(*t), Timer::Linger(*t)));
+        assert!(!timers.heap.is_empty() && timers.heap.len() < all.len());
+        all.sort_unstable();
+        assert_eq!(ids(&mut timers), all);
+    }
+
+    #[test]
+    fn those_of_a_few_lengths_of_time_need_no_heap() {
+        let mut timers = Timers::default();
+        let now = Instant::now();
+        for n in 0..1000 {
+            for length in 1..=LANES as u64 {
+                timers.arm(now + Duration::from_millis(n + 1000 * length * length), Timer::Linger(n));
+            }
+        }
+        assert_eq!((timers.heap.len(), timers.len()), (0, 1000 * LANES));
+    }
+
+    #[test]
     fn their_number_is_bounded_by_those_that_mean_something() {
         let mut timers = Timers::default();
         let later = Instant::now() + Duration::from_secs(3600);
@@ -110,11 +174,12 @@ mod tests {
             timers.arm(later, Timer::Linger(id));
             // As if each hand-off but some were over soon after.
             timers.purge(|t| matches!(t, Timer::Linger(of) if of % 1000 == 0 || id - of < 10));
-            assert!(timers.heap.len() <= 2 * (FEW + 1010), "{id}: {}", timers.heap.len());
+            assert!(timers.len() <= 2 * (FEW + 1010), "{id}: {}", timers.len());
         }
-        assert!(timers.heap.capacity() <= 8 * (FEW + 1010), "{}", timers.heap.capacity());
+        let room: usize = timers.lanes.iter().map(VecDeque::capacity).sum();
+        assert!(room + timers.heap.capacity() <= 8 * (FEW + 1010), "{room}");
         let kept =
-            timers.heap.iter().filter(|Reverse((_, t))| matches!(t, Timer::Linger(of) if of % 1000 == 0));
+            timers.lanes.iter().flatten().filter(|(_, t)| matches!(t, Timer::Linger(of) if of % 1000 == 0));
         assert_eq!(kept.count(), 1000);
     }
 }
