@@ -2,7 +2,7 @@
 //! hand-off. What a message means stands in `host.rs`, `target.rs`, `ipc.rs`; this file only moves bytes
 //! and time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use foldhash::HashMap;
 use log::Level;
 use mio::event::Event;
 use mio::net::TcpListener;
@@ -48,6 +49,7 @@ use crate::target::Served;
 use crate::targets::Targets;
 use crate::timers::{Timer, Timers};
 use crate::tls::Tls;
+use crate::unflushed::Unflushed;
 
 const IPC_LISTENER: Token = Token(0);
 const PEER_LISTENER: Token = Token(1 << KIND_BITS);
@@ -115,7 +117,7 @@ pub(crate) struct Engine {
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
     /// Peers for which messages are queued until the end of this turn.
-    pub(crate) unflushed: Vec<usize>,
+    pub(crate) unflushed: Unflushed,
     pub(crate) dials: HashMap<String, Dial>,
     /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.
     pub(crate) freshness: HashMap<(Rc<str>, [u8; 16]), Freshness>,
@@ -237,20 +239,20 @@ impl Engine {
             mtu: parts.mtu,
             libraries: Slab::new(),
             peers: Slab::new(),
-            unflushed: Vec::new(),
-            dials: HashMap::new(),
-            freshness: HashMap::new(),
-            hosted: HashMap::new(),
-            served: HashMap::new(),
-            by_flow: HashMap::new(),
-            at_home: HashMap::new(),
+            unflushed: Unflushed::default(),
+            dials: HashMap::default(),
+            freshness: HashMap::default(),
+            hosted: HashMap::default(),
+            served: HashMap::default(),
+            by_flow: HashMap::default(),
+            at_home: HashMap::default(),
             refused: Recent::default(),
             gone: Vec::new(),
             abandoned: Vec::new(),
             farewells: Vec::new(),
             acceptors: Slab::new(),
             next_acceptor: 0,
-            waiting: HashMap::new(),
+            waiting: HashMap::default(),
             wake_later: VecDeque::new(),
             pools: parts.pools,
             spawner: Spawner::start(waker)?,
@@ -286,7 +288,8 @@ impl Engine {
         self.at(Instant::now() + TICK, Timer::Tick);
         while !self.may_stop() {
             let spinning = self.in_flight > 0 && Instant::now() < busy_until;
-            let timeout = if spinning { Some(Duration::ZERO) } else { self.timers.until_next() };
+            let next = [self.timers.until_next(), self.unflushed.until_next()].into_iter().flatten().min();
+            let timeout = if spinning { Some(Duration::ZERO) } else { next };
             match self.poll.poll(&mut events, timeout) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 other => other?,
@@ -303,13 +306,13 @@ impl Engine {
                 busy_until = Instant::now() + self.config.handoff.spin;
             }
             self.run_timers();
-            self.flush_peers();
+            self.flush_peers(false);
             if self.in_flight == 0 && self.peer_listener.is_some() {
                 self.spare.refill(SPARE_SOCKETS);
             }
         }
         self.leave();
-        self.flush_peers();
+        self.flush_peers(true);
         Ok(())
     }
 

@@ -95,6 +95,8 @@ pub(crate) struct HostFlow {
     /// Where its packets go, once redirected.
     pub(crate) to: Option<SocketAddr>,
     times: Times,
+    /// Its offload is in the metrics.
+    counted: bool,
 }
 
 impl HostFlow {
@@ -128,6 +130,7 @@ impl HostFlow {
             rest_until: None,
             to: None,
             times: Times::default(),
+            counted: false,
         }
     }
 
@@ -278,6 +281,31 @@ impl Engine {
             timely: flow.asked.is_some_and(|asked| asked.elapsed() < LIMITS.answer),
         };
         self.host_event(ready.id, event);
+        // In the early order `HANDED` has no news.
+        if ready.started_ns.is_some() {
+            self.count_offload(index, ready.id, None);
+        }
+    }
+
+    /// A hand-off is done.
+    fn count_offload(&mut self, index: usize, id: HandoffId, handed: Option<&Handed>) {
+        let Some(flow) = self.hosted.get_mut(&id).filter(|f| f.state() == HostState::Redirected) else {
+            return;
+        };
+        if std::mem::replace(&mut flow.counted, true) {
+            return;
+        }
+        let kind = match &flow.guest {
+            None => Kind::Outbound,
+            Some((_, home)) if home.node == flow.target => Kind::Inbound,
+            Some(_) => Kind::Onward,
+        };
+        let times = std::mem::take(&mut flow.times);
+        let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
+        self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
+        if let Some(node) = self.node_of(index) {
+            self.taken_by(&node);
+        }
     }
 
     /// `REFUSE`.
@@ -305,20 +333,10 @@ impl Engine {
         let Some(flow) = self.told_by_its_target(index, handed.id) else { return };
         if flow.state() == HostState::Redirected {
             flow.record = None;
-            let kind = match &flow.guest {
-                None => Kind::Outbound,
-                Some((_, home)) if home.node == flow.target => Kind::Inbound,
-                Some(_) => Kind::Onward,
-            };
-            let times = std::mem::take(&mut flow.times);
-            if kind == Kind::Outbound {
+            if flow.guest.is_none() {
                 self.flower.watch(handed.id);
             }
-            let boot = self.peers.get(index).and_then(|p| p.hello.as_ref()).map(|h| h.boot_id);
-            self.metrics.offload(kind, &steps(&times, handed, boot == Some(self.hello.boot_id)));
-            if let Some(node) = self.node_of(index) {
-                self.taken_by(&node);
-            }
+            self.count_offload(index, handed.id, Some(handed));
         }
         self.host_event(handed.id, HostEvent::Handed);
     }

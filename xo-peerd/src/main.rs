@@ -34,6 +34,7 @@ mod targets;
 mod timers;
 mod times;
 mod tls;
+mod unflushed;
 mod views;
 
 use std::error::Error;

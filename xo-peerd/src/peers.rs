@@ -13,6 +13,7 @@ use crate::clock::now_ns;
 use crate::engine::{Engine, peer_token};
 use crate::peer::{Peer, PeerError};
 use crate::tls::Tls;
+use crate::unflushed::Haste;
 
 /// How long a peer may be silent.
 const LONGEST_SILENCE: Duration = Duration::from_secs(3);
@@ -123,25 +124,26 @@ impl Engine {
         }
     }
 
-    /// Sends to a peer, what nobody waits for at the end of this turn; a broken connection is dealt with.
+    /// Sends to a peer, what nobody waits for somewhat later; a broken connection is dealt with.
     pub(crate) fn send_to(&mut self, index: usize, message: &PeerMessage) {
         let Some(peer) = self.peers.get_mut(index) else { return };
-        let result = if can_wait(message) {
-            if !self.unflushed.contains(&index) {
-                self.unflushed.push(index);
-            }
-            peer.queue(message)
-        } else {
+        let haste = Haste::of(message);
+        let result = if haste == Haste::Now {
+            self.unflushed.written(index);
             peer.send(message)
+        } else {
+            self.unflushed.add(index, haste);
+            peer.queue(message)
         };
         if let Err(e) = result {
             self.peer_failed(index, &e);
         }
     }
 
-    /// The end of a turn of the event loop.
-    pub(crate) fn flush_peers(&mut self) {
-        while let Some(index) = self.unflushed.pop() {
+    /// The end of a turn of the event loop; `all`: the last one.
+    pub(crate) fn flush_peers(&mut self, all: bool) {
+        while let Some(index) = self.unflushed.next(all) {
+            self.unflushed.written(index);
             let Some(peer) = self.peers.get_mut(index) else { continue };
             if let Err(e) = peer.flush() {
                 self.peer_failed(index, &e);
@@ -186,15 +188,5 @@ impl Engine {
         for id in peer.waiting {
             self.start_when_settled(id);
         }
-    }
-}
-
-/// Messages on which no connection's service waits. Each send costs as much as a dump, and wakes the other daemon.
-fn can_wait(message: &PeerMessage) -> bool {
-    use PeerMessage as M;
-    match message {
-        M::Handed(_) | M::Moved(_) | M::MovedAck(_) | M::Closed(_) | M::ClosedAck(_) | M::Load(_) => true,
-        M::BeginOffload(_) | M::HostReady(_) | M::TargetReady(_) | M::Refuse(_) | M::Abort(_) => false,
-        M::Hello(_) | M::Query(_) | M::Ping(_) | M::Pong(_) | M::Recall(_) => false,
     }
 }

@@ -1,7 +1,9 @@
 //! The most recent of something, found quickly.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::hash::Hash;
+
+use foldhash::HashSet;
 
 /// As many are remembered.
 const MOST: usize = 4096;
@@ -15,7 +17,7 @@ pub(crate) struct Recent<T> {
 
 impl<T> Default for Recent<T> {
     fn default() -> Self {
-        Recent { order: VecDeque::new(), all: HashSet::new() }
+        Recent { order: VecDeque::new(), all: HashSet::default() }
     }
 }
 

@@ -1,6 +1,5 @@
 //! Packet steering: the BPF programs, their attachment, their maps.
 
-use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
@@ -80,8 +79,8 @@ pub(crate) struct Steer {
     counters: PerCpuArray<MapData, u64>,
     ways: Ways,
     /// Keys of the flow table and of the rewrites: nobody but us inserts, the programs may have removed some.
-    known_flows: HashSet<FlowKey>,
-    known_rewrites: HashSet<FlowKey>,
+    known_flows: foldhash::HashSet<FlowKey>,
+    known_rewrites: foldhash::HashSet<FlowKey>,
     /// Inserted less removed, by us.
     entries: u64,
     mode: &'static str,
@@ -127,8 +126,8 @@ impl Steer {
             counters: PerCpuArray::try_from(map(&mut programs, COUNTERS_MAP)?)?,
             ways: Ways::new(HashMap::try_from(map(&mut programs, HOPS_MAP)?)?)
                 .map_err(|e| SteerError::Load(format!("netlink: {e}")))?,
-            known_flows: HashSet::new(),
-            known_rewrites: HashSet::new(),
+            known_flows: foldhash::HashSet::default(),
+            known_rewrites: foldhash::HashSet::default(),
             entries: 0,
             mode,
             pins,

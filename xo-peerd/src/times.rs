@@ -20,17 +20,18 @@ pub(crate) struct Times {
     pub(crate) started: Option<u64>,
 }
 
-/// The steps; `same_clock`: both machines share `CLOCK_MONOTONIC`.
-pub(crate) fn steps(t: &Times, handed: &Handed, same_clock: bool) -> Steps {
+/// The steps; `handed`: of the strict order; `same_clock`: both machines share `CLOCK_MONOTONIC`.
+pub(crate) fn steps(t: &Times, handed: Option<&Handed>, same_clock: bool) -> Steps {
     let round_trip = t.ready.saturating_sub(t.dumped);
     let one_way = round_trip.saturating_sub(t.at_target) / 2;
-    let (handed_at, ready_ns) = match t.started {
+    let (handed_at, ready_ns) = match (t.started, handed) {
         // Early: the handler had it before the answer was sent.
-        Some(at) => {
+        (Some(at), _) => {
             let at = if same_clock { at } else { t.ready - one_way };
             (at, 0)
         }
-        None => {
+        (None, None) => (t.redirected, 0),
+        (None, Some(handed)) => {
             let at = if same_clock { handed.at_ns } else { t.sent_ready + one_way + handed.hand_ns };
             (at, at.saturating_sub(t.redirected))
         }
