@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
-use xo_flower::{Channel, Hook, Place, Rewrite, Rule};
+use xo_flower::{ANCHOR, Channel, Hook, Place, Rewrite, Rule};
 use xo_tests::counters::Counters;
 use xo_tests::program::wait_for;
 use xo_tests::random::setting;
@@ -40,6 +40,12 @@ fn named(interface: u32, handle: u32, v6: bool) -> Rule {
 
 fn paths(bed: &Bed, names: [&str; 2]) -> [u64; 2] {
     names.map(|name| bed.status("host", &format!("/steering/packets/{name}")))
+}
+
+/// The host's rules, each as one line.
+fn filters(bed: &Bed) -> Vec<String> {
+    let shown = bed.run("host", Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
+    shown.lines().filter(|line| line.contains("handle")).map(str::to_owned).collect()
 }
 
 /// No packet came to a dead end: nobody has reset anything, but for what the targets say of connections that have left.
@@ -159,6 +165,11 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
         assert_eq!(status["failed_total"], 0, "{node}: {}", status["failed_by_reason"]);
     }
     assert!(elsewhere <= CONNECTIONS * rounds / 2, "{elsewhere} moves refused");
-    let filters = bed.run("host", Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
-    assert!(!filters.contains("handle"), "{filters}");
+    let anchor = format!("handle {ANCHOR:#x}");
+    let left = filters(&bed);
+    assert!(left.len() == 2 && left.iter().all(|f| f.contains(&anchor)), "one for each family: {left:?}");
+    for program in &mut programs {
+        program.stop();
+    }
+    assert_eq!(filters(&bed), [""; 0], "after the daemon");
 }
