@@ -127,8 +127,9 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     let bed = Bed::up(2, 1);
     // act_csum leaves aggregates alone.
     bed.run("client", Command::new("ip").args(["link", "set", "eth0", "gso_max_segs", "1"]));
-    let rules = "steering.flower = \"software\"\nsteering.flower_after = \"0\"";
-    let options = bed.sharded_options(rules);
+    // By the daemons' word no connection would be worth a rule, but by the policy's all are.
+    let options = bed.sharded_options("steering.flower = \"software\"\nsteering.flower_after = \"1GiB\"");
+    bed.file("shards.toml", &bed.sharded_policy().replace("to = [\"t", "flower_after = \"0\"\nto = [\"t"));
     let mut programs: Vec<_> = bed.servers().iter().map(|n| bed.peerd(n, &options)).collect();
     programs.extend(bed.sharded_servers(true));
     let status = bed.try_status("host").expect("a status");
