@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use xo_flower::{ANCHOR, Channel, Hook, Place, Rewrite, Rule};
@@ -143,7 +143,7 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     }
 
     let rounds = usize::try_from(setting("XO_ROUND_TRIPS", ROUND_TRIPS)).expect("a number");
-    let before = Counters::of(&bed);
+    let (before, begun) = (Counters::of(&bed), Instant::now());
     let travellers: Vec<_> = (0..CONNECTIONS)
         .map(|n| {
             let to = if n % 2 == 0 { address("host") } else { address6("host") };
@@ -156,7 +156,8 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     }
     bed.wait_idle(&["host", "t1", "t2"]);
     let status = bed.try_status("host").expect("a status");
-    println!("{} round trips, {elsewhere} moves refused: {}", CONNECTIONS * rounds, status["steering"]);
+    let (all, took) = (CONNECTIONS * rounds, begun.elapsed());
+    println!("{all} round trips in {took:.1?}, {elsewhere} moves refused: {}", status["steering"]);
     no_reset(&bed, &before);
     let count = |name: &str| status["steering"][name].as_u64().expect("a count");
     assert!(count("rules_inserted") >= (CONNECTIONS * rounds / 4) as u64, "{}", status["steering"]);
