@@ -13,6 +13,7 @@ use xo_proto::tls::{Content, Direction, Sealer, Suite, TlsState, Version};
 use xo_proto::wire::{
     BeginOffload, Handed, Hello, HostReady, MAGIC, PeerMessage, Ping, Query, Refuse, TargetReady, VERSION,
 };
+use xo_proto::worth::Worth;
 
 const REQUESTS: [&str; 6] = [
     "GET /a?b HTTP/1.1\r\nHost: x\r\n\r\nHEAD http://y/ HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -49,7 +50,7 @@ const REPLIES: [&str; 4] = [
 /// A push of null elements, and lengths that are none.
 const PUSHES: &[u8] = b"\0\0\0\x02\n*-1\r\n>3\r\n+mess$-1\r\n$1\r\nx\r\n>2\r\n+messag*\r\n$2\r\n\n>2\xff\xff\xff\xff\xff\xff\r\n+mess$-1\r\n$1\r\nx\r\n\xbd\xcd\xf2\xf5\xd4\x92\x9a\x8csag*\r\n$1\r\nx\r\n";
 
-const POLICIES: [&str; 7] = [
+const POLICIES: [&str; 8] = [
     "listen = [80, 443]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/img/\"\nto = [\"t1\", \"local\"]\n\
      balance = \"round_robin\"\nhandler = \"web\"\n[[rule]]\nhost = \"*.example.org\"\nmethod = [\"PUT\"]\n\
      header = { name = \"x\", value = \"y\" }\nto = [\"t1\"]\n[[rule]]\npath_regex = \"^/v[0-9]+\"\npath_exact = \"/a\"\nto = [\"t1\"]\n",
@@ -64,6 +65,8 @@ const POLICIES: [&str; 7] = [
      /img/ => t1 %hash(path)",
     "listen = [80]\n[targets]\nt1 = \"10.3.0.2:7400\"\nt2 = \"10.4.0.2:7400\"\n[[rule]]\npath_prefix = \"/\"\n\
      to = [\"t1\", { name = \"t2\", weight = 3 }]\nbalance = \"least_loaded\"\nsticky = \"balanced\"\nimbalance = 50\n",
+    "listen = [80]\n[targets]\nt1 = \"10.3.0.2:7400\"\n[[rule]]\npath_prefix = \"/a/\"\nto = [\"t1\"]\nflower_after = \"2MiB\"\n\
+     [[rule]]\npath_prefix = \"/\"\nto = [\"t1\"]\nflower_after = \"500ms\"\n",
 ];
 
 const POOLS: [&str; 3] = [
@@ -153,6 +156,7 @@ fn local_messages() -> Vec<Vec<u8>> {
         tls: Some(tls()),
         used: 4,
         decided_ns: 3,
+        flower_after: Some(Worth::Age(10_000)),
     };
     let to_daemon = [
         ToDaemon::Hello { version: 1, ticket: Some([7; 16]) },

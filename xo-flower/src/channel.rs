@@ -1,7 +1,7 @@
 //! The exchange with the kernel: blocking, one request at a time.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr as FlowAddress};
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
@@ -15,11 +15,11 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-use crate::rule::{self, Hook, Place, Rewrite, Rule, Unfit};
+use crate::rule::{self, Hook, Place, Rule, Unfit};
 
 /// Longer than any answer that is asked for.
 const LONGEST_ANSWER: usize = 32 << 10;
-/// Names that [`Channel::probe`] uses for its rule.
+/// Of [`Channel::probe`]'s rule.
 const PROBE_PREFERENCE: u16 = 0xfff0;
 /// linux/errno.h.
 const ENOENT: i32 = 2;
@@ -108,6 +108,34 @@ impl Channel {
             .try_for_each(|v6| gone(self.ask(rule::remove_all(interface, hook, preference, v6))))
     }
 
+    /// Puts in the anchors of a preference, one for each family: rules that no packet can meet ([`rule::anchor`]). When the last rule of a
+    /// preference goes, the kernel takes its classifier apart and unhooks it from the interface's packets, and does the reverse for the
+    /// next one; with an anchor a rule that comes or goes is one entry of a table.
+    ///
+    /// # Errors
+    /// As [`Channel::add`]; a NIC that takes rules of IPv4 only refuses the second.
+    pub fn anchor(&mut self, interface: u32, hook: Hook, place: Place, preference: u16) -> Result<(), Error> {
+        [false, true]
+            .into_iter()
+            .try_for_each(|v6| self.add(&rule::anchor(interface, hook, place, preference, v6)))
+    }
+
+    /// Removes the anchors; those that are gone are fine.
+    ///
+    /// # Errors
+    /// As [`Channel::remove`].
+    pub fn weigh_anchor(
+        &mut self,
+        interface: u32,
+        hook: Hook,
+        place: Place,
+        preference: u16,
+    ) -> Result<(), Error> {
+        [false, true]
+            .into_iter()
+            .try_for_each(|v6| self.remove(&rule::anchor(interface, hook, place, preference, v6)))
+    }
+
     /// Ethernet address of an interface; `None` where it has none.
     ///
     /// # Errors
@@ -184,25 +212,8 @@ impl Channel {
     }
 
     fn try_both(&mut self, interface: u32) -> Result<Taken, Error> {
-        let nobody = FlowAddress::from((Ipv4Addr::UNSPECIFIED, 0));
-        let rewrite = Rewrite {
-            source: None,
-            destination: Some(nobody),
-            ethernet: Some(([0; 6], [0; 6])),
-            out: Some(interface),
-        };
         let mut takes = |place| {
-            let rule = Rule {
-                interface,
-                hook: Hook::Ingress,
-                place,
-                preference: PROBE_PREFERENCE,
-                handle: 1,
-                source: nobody,
-                destination: nobody,
-                ends: false,
-                rewrite,
-            };
+            let rule = rule::anchor(interface, Hook::Ingress, place, PROBE_PREFERENCE, false);
             match self.add(&rule) {
                 Ok(()) => self.remove(&rule).map(|()| true),
                 Err(Error::Refused(_)) => Ok(false),

@@ -17,4 +17,4 @@ pub mod rule;
 pub use channel::{Channel, Error, Taken};
 pub use nic::{FlowRules, Kernel, Nic, Simulated, Speed};
 pub use queue::{Queue, Removal, Report, Ticket, Worker, queue};
-pub use rule::{Hook, Place, Rewrite, Rule};
+pub use rule::{ANCHOR, Hook, Place, Rewrite, Rule};

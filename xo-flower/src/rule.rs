@@ -1,6 +1,6 @@
 //! What a rule is, and the requests that add and remove it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -17,6 +17,8 @@ const SKIP_HW: u32 = 1;
 const SKIP_SW: u32 = 2;
 /// Bits of the TCP header (RFC 9293, 3.1): FIN, SYN, RST.
 const BEGIN_OR_END: u16 = 0x07;
+/// Handle of a preference's anchor ([`anchor`]).
+pub const ANCHOR: u32 = u32::MAX;
 
 /// Where packets meet a rule; both need the interface's clsact ([`clsact`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +72,30 @@ pub struct Rule {
     pub ends: bool,
     /// What to do with them.
     pub rewrite: Rewrite,
+}
+
+/// A rule that no packet can meet: it is for a connection that cannot be, of the unspecified address's port 0 with itself. Its keys,
+/// masks and actions are those of rules for connections, so who takes it takes them, and what the kernel has for them is there.
+#[must_use]
+pub fn anchor(interface: u32, hook: Hook, place: Place, preference: u16, v6: bool) -> Rule {
+    let ip = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let nobody = SocketAddr::new(ip, 0);
+    Rule {
+        interface,
+        hook,
+        place,
+        preference,
+        handle: ANCHOR,
+        source: nobody,
+        destination: nobody,
+        ends: false,
+        rewrite: Rewrite {
+            source: None,
+            destination: Some(nobody),
+            ethernet: Some(([0; 6], [0; 6])),
+            out: Some(interface),
+        },
+    }
 }
 
 /// A request that adds the rule; one that is there already is an error (EEXIST).

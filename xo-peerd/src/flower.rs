@@ -17,8 +17,9 @@ use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE, FlowEnt
 use xo_flower::{FlowRules, Removal, Report, Ticket};
 use xo_proto::handoff::{HostEvent, HostState};
 use xo_proto::wire::{HandoffId, Moved};
+use xo_proto::worth::Worth;
 
-use crate::config::{Config, FlowerMode, Worth};
+use crate::config::{Config, FlowerMode};
 use crate::engine::{Engine, ServedKey};
 use crate::host::HostFlow;
 use crate::steer::Steer;
@@ -172,10 +173,8 @@ impl Flower {
     }
 
     fn is_worth(&self, flow: &HostFlow, entry: &FlowEntry) -> bool {
-        match self.worth {
-            Worth::Bytes(least) => entry.bytes >= least,
-            Worth::Age(least) => flow.since.elapsed() >= least,
-        }
+        let age = u64::try_from(flow.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        flow.worth.unwrap_or(self.worth).is_met(entry.bytes, age)
     }
 }
 

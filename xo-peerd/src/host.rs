@@ -13,6 +13,7 @@ use xo_proto::reason::Reason;
 use xo_proto::slot;
 use xo_proto::tls::TlsState;
 use xo_proto::wire::{Handed, HandoffId, Home, HostReady, PeerMessage, Query, Refuse, TargetReady};
+use xo_proto::worth::Worth;
 use xo_sys::slots::SlotTable;
 use xo_sys::tcp_repair::{self, Ends};
 
@@ -65,6 +66,8 @@ pub(crate) struct HostFlow {
     /// Peer address of the target's daemon; `None`: it is a home, which dials itself.
     pub(crate) address: Option<SocketAddr>,
     handler: String,
+    /// The policy's word on when it is worth a flow rule; a daemon that has found the connection does not know it.
+    pub(crate) worth: Option<Worth>,
     /// Its TLS, if it has any.
     tls: Option<TlsState>,
     /// How much of the record that its receive queue begins with its server has read, bytes.
@@ -114,6 +117,7 @@ impl HostFlow {
             target,
             address,
             handler: String::new(),
+            worth: None,
             tls: None,
             used: 0,
             guest: None,
@@ -178,6 +182,7 @@ impl Engine {
         };
         let mut flow = HostFlow::new(Host::new(false), ends, target, address);
         flow.handler = offload.handler;
+        flow.worth = offload.flower_after;
         flow.tls = offload.tls;
         flow.used = offload.used as usize;
         flow.moves = offload.moves.saturating_add(1);

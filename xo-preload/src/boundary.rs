@@ -424,6 +424,7 @@ pub(crate) fn ask(
         tls,
         used,
         decided_ns,
+        flower_after: chosen.flower_after,
     });
     match asked {
         Ok(()) => {

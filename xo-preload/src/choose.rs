@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use xo_proto::board::{ROWS, UP};
 use xo_proto::ipc::Destination;
-use xo_proto::policy::{Candidate, Decision, Here, Pick, Policy, View};
+use xo_proto::policy::{Candidate, Choice, Decision, Here, Pick, Policy, View};
 use xo_proto::protocol::Request;
 use xo_proto::reason::Reason;
 use xo_proto::slot::Counter;
+use xo_proto::worth::Worth;
 use xo_sys::board::Board;
 
 use crate::conn::Conn;
@@ -30,6 +31,8 @@ pub(crate) struct Chosen<'p> {
     pub(crate) to: Destination,
     /// Handler there.
     pub(crate) handler: &'p str,
+    /// What the rule says of flow rules.
+    pub(crate) flower_after: Option<Worth>,
     /// The machine's number on the board.
     id: u64,
     /// The rule whose turn it was.
@@ -62,7 +65,7 @@ pub(crate) fn destination<'p>(
 pub(crate) fn ahead<'p>(policy: &'p Policy, conn: &Conn, request: Request<'_>) -> Result<Chosen<'p>, usize> {
     let seen = Seen::by(conn);
     let recalled = seen.is_recalled();
-    let home = |rule| Chosen { to: Destination::Home, handler: "", id: seen.home, rule };
+    let home = |rule| Chosen { to: Destination::Home, handler: "", flower_after: None, id: seen.home, rule };
     let Decision::Choose(choice) = policy.decide(request) else {
         return if recalled { Ok(home(None)) } else { Err(Counter::Local as usize) };
     };
@@ -72,7 +75,8 @@ pub(crate) fn ahead<'p>(policy: &'p Policy, conn: &Conn, request: Request<'_>) -
     match pick {
         Pick::To(Candidate { name, address: Some(address), id, .. }) => {
             let to = Destination::Target { node: name.clone(), address: *address };
-            Ok(Chosen { to, handler: choice.handler, id: *id, rule })
+            let Choice { handler, flower_after, .. } = choice;
+            Ok(Chosen { to, handler, flower_after, id: *id, rule })
         }
         Pick::Home => Ok(home(rule)),
         Pick::Here | Pick::To(_) => {

@@ -7,9 +7,10 @@ use bincode::{Decode, Encode};
 
 use crate::reason::Reason;
 use crate::tls::TlsState;
+use crate::worth::Worth;
 
 /// Version of this interface; library and daemon of different versions part at once.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// Proof that a process descends from one that the daemon trusts: a server's master opens the socket as
 /// root, its workers inherit the ticket and show it when they have dropped their privileges.
@@ -105,6 +106,8 @@ pub struct Offload {
     pub used: u32,
     /// `CLOCK_MONOTONIC` when the policy had decided, ns.
     pub decided_ns: u64,
+    /// It is worth a flow rule then; `None`: as the daemon's configuration says.
+    pub flower_after: Option<Worth>,
 }
 
 /// Where a connection is to go.

@@ -22,3 +22,4 @@ pub mod resp;
 pub mod slot;
 pub mod tls;
 pub mod wire;
+pub mod worth;

@@ -33,6 +33,7 @@ pub(crate) use key::hashed;
 pub use matching::Decision;
 
 use crate::protocol::Protocol;
+use crate::worth::Worth;
 
 /// Handler of rules that name none.
 pub const DEFAULT_HANDLER: &str = "default";
@@ -93,6 +94,7 @@ struct Rule {
     /// Given if and only if it hashes.
     key: Option<Key>,
     sticky: Sticky,
+    flower_after: Option<Worth>,
 }
 
 #[derive(Clone, Debug)]
@@ -179,6 +181,7 @@ struct RawRule {
     balance: Balance,
     key: Option<Key>,
     sticky: Sticky,
+    flower_after: Option<Worth>,
     /// Text that the offsets refer to, for one-liners.
     source: Option<String>,
 }
@@ -206,6 +209,7 @@ impl Parts {
                 balance: raw.balance,
                 key: raw.key,
                 sticky: raw.sticky,
+                flower_after: raw.flower_after,
             });
         }
         let targets = self.targets.into_iter();

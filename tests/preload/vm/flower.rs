@@ -6,13 +6,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
-use xo_flower::{Channel, Error, Hook, Place, Rewrite, Rule, Taken};
+use xo_flower::{ANCHOR, Channel, Error, Hook, Place, Rewrite, Rule, Taken, rule};
 use xo_tests::servers::{address, address6};
 use xo_tests::{Bed, client, content};
 
 const HOST_PORT: u16 = 80;
 const TARGET_PORT: u16 = 8080;
 const CLIENT_PORT: u16 = 45_678;
+const PREFERENCE: u16 = 10;
 const UPLOAD: usize = 100_000;
 const DOWNLOAD: usize = 300_000;
 
@@ -77,6 +78,7 @@ fn a_flow_is_steered_by_rules_alone_until_they_go() {
         let taken = channel.probe(interface).expect("a probe");
         assert_eq!(taken, Taken { software: true, hardware: false }, "a veth pair");
     }
+    host.anchor(on_host, Hook::Ingress, Place::Software, PREFERENCE).expect("anchors");
     for of in [address, address6] {
         let (client, server, place) =
             (at(&of("client"), CLIENT_PORT), at(&of("host"), HOST_PORT), at(&of("t1"), TARGET_PORT));
@@ -84,7 +86,7 @@ fn a_flow_is_steered_by_rules_alone_until_they_go() {
             interface: on_host,
             hook: Hook::Ingress,
             place: Place::Software,
-            preference: 10,
+            preference: PREFERENCE,
             handle: 77,
             source: client,
             destination: server,
@@ -128,5 +130,25 @@ fn a_flow_is_steered_by_rules_alone_until_they_go() {
         let (from, to) = (of("client"), of("host"));
         let refused = bed.on("client", move || client::bound(&from, CLIENT_PORT, &to, HOST_PORT));
         assert!(refused.is_err(), "nobody listens on the host");
+        let anchor = rule::anchor(on_host, Hook::Ingress, Place::Software, PREFERENCE, server.is_ipv6());
+        assert_eq!(host.packets(&anchor).expect("an anchor"), 0, "no packet is for it");
+    }
+    the_anchors_stay_until_they_are_weighed(&bed, &mut host, on_host);
+}
+
+/// Rules that come and go leave the classifiers alone, which go with the anchors.
+fn the_anchors_stay_until_they_are_weighed(bed: &Bed, host: &mut Channel, on_host: u32) {
+    let shown = || {
+        let shown = bed.run("host", Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
+        let count = |what: &str| shown.matches(what).count();
+        (count("flower"), count(&format!("handle {ANCHOR:#x}")))
+    };
+    assert_eq!(shown(), (4, 2), "of each family the classifier, and a rule");
+    let (hook, place) = (Hook::Ingress, Place::Software);
+    let twice = host.anchor(on_host, hook, place, PREFERENCE).expect_err("they are there");
+    assert!(matches!(&twice, Error::Refused(e) if e.raw_os_error() == Some(libc::EEXIST)), "{twice}");
+    for _ in 0..2 {
+        host.weigh_anchor(on_host, hook, place, PREFERENCE).expect("a removal, and one of what is gone");
+        assert_eq!(shown(), (0, 0));
     }
 }

@@ -3,10 +3,10 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use xo_flower::{Channel, Hook, Place, Rewrite, Rule};
+use xo_flower::{ANCHOR, Channel, Hook, Place, Rewrite, Rule};
 use xo_tests::counters::Counters;
 use xo_tests::program::wait_for;
 use xo_tests::random::setting;
@@ -40,6 +40,12 @@ fn named(interface: u32, handle: u32, v6: bool) -> Rule {
 
 fn paths(bed: &Bed, names: [&str; 2]) -> [u64; 2] {
     names.map(|name| bed.status("host", &format!("/steering/packets/{name}")))
+}
+
+/// The host's rules, each as one line.
+fn filters(bed: &Bed) -> Vec<String> {
+    let shown = bed.run("host", Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
+    shown.lines().filter(|line| line.contains("handle")).map(str::to_owned).collect()
 }
 
 /// No packet came to a dead end: nobody has reset anything, but for what the targets say of connections that have left.
@@ -121,8 +127,9 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     let bed = Bed::up(2, 1);
     // act_csum leaves aggregates alone.
     bed.run("client", Command::new("ip").args(["link", "set", "eth0", "gso_max_segs", "1"]));
-    let rules = "steering.flower = \"software\"\nsteering.flower_after = \"0\"";
-    let options = bed.sharded_options(rules);
+    // By the daemons' word no connection would be worth a rule, but by the policy's all are.
+    let options = bed.sharded_options("steering.flower = \"software\"\nsteering.flower_after = \"1GiB\"");
+    bed.file("shards.toml", &bed.sharded_policy().replace("to = [\"t", "flower_after = \"0\"\nto = [\"t"));
     let mut programs: Vec<_> = bed.servers().iter().map(|n| bed.peerd(n, &options)).collect();
     programs.extend(bed.sharded_servers(true));
     let status = bed.try_status("host").expect("a status");
@@ -136,7 +143,7 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     }
 
     let rounds = usize::try_from(setting("XO_ROUND_TRIPS", ROUND_TRIPS)).expect("a number");
-    let before = Counters::of(&bed);
+    let (before, begun) = (Counters::of(&bed), Instant::now());
     let travellers: Vec<_> = (0..CONNECTIONS)
         .map(|n| {
             let to = if n % 2 == 0 { address("host") } else { address6("host") };
@@ -149,7 +156,8 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     }
     bed.wait_idle(&["host", "t1", "t2"]);
     let status = bed.try_status("host").expect("a status");
-    println!("{} round trips, {elsewhere} moves refused: {}", CONNECTIONS * rounds, status["steering"]);
+    let (all, took) = (CONNECTIONS * rounds, begun.elapsed());
+    println!("{all} round trips in {took:.1?}, {elsewhere} moves refused: {}", status["steering"]);
     no_reset(&bed, &before);
     let count = |name: &str| status["steering"][name].as_u64().expect("a count");
     assert!(count("rules_inserted") >= (CONNECTIONS * rounds / 4) as u64, "{}", status["steering"]);
@@ -159,6 +167,11 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
         assert_eq!(status["failed_total"], 0, "{node}: {}", status["failed_by_reason"]);
     }
     assert!(elsewhere <= CONNECTIONS * rounds / 2, "{elsewhere} moves refused");
-    let filters = bed.run("host", Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]));
-    assert!(!filters.contains("handle"), "{filters}");
+    let anchor = format!("handle {ANCHOR:#x}");
+    let left = filters(&bed);
+    assert!(left.len() == 2 && left.iter().all(|f| f.contains(&anchor)), "one for each family: {left:?}");
+    for program in &mut programs {
+        program.stop();
+    }
+    assert_eq!(filters(&bed), [""; 0], "after the daemon");
 }

@@ -1,3 +1,4 @@
+use netlink_packet_core::Nla;
 use netlink_packet_route::tc::{TcAction, TcActionAttribute, TcActionOption};
 
 use super::*;
@@ -35,6 +36,13 @@ fn v6() -> Rule {
     }
 }
 
+/// As the redirect [`v4`], for IPv6.
+fn v6_in() -> Rule {
+    let place = "[fd00:3::2]:8080".parse().expect("an address");
+    let rewrite = Rewrite { destination: Some(place), ..v4().rewrite };
+    Rule { source: v6().destination, destination: v6().source, rewrite, ..v4() }
+}
+
 /// A request as it goes to the kernel, read again.
 fn sent(rule: &Rule) -> (NetlinkMessage<RouteNetlinkMessage>, TcMessage, Vec<TcFilterFlowerOption>) {
     let request = add(rule).expect("a fitting rule");
@@ -68,7 +76,6 @@ fn actions(options: &[TcFilterFlowerOption]) -> Vec<TcAction> {
 
 /// Kind of an action, and type and bytes of each of its options.
 fn raw(action: &TcAction) -> (String, Vec<(u16, Vec<u8>)>) {
-    use netlink_packet_core::Nla;
     let mut kind = String::new();
     let mut options = Vec::new();
     for attribute in &action.attributes {
@@ -186,6 +193,27 @@ fn a_rule_that_only_rewrites_lets_packets_go_on() {
     let (_, csum) = raw(&actions[1]);
     // TC_ACT_OK, and TCP's checksum only.
     assert_eq!((&csum[0].1[8..12], &csum[0].1[20..]), (&[0; 4][..], &8_u32.to_ne_bytes()[..]));
+}
+
+#[test]
+fn an_anchor_is_a_rule_for_nobody() {
+    for v6 in [false, true] {
+        let rule = anchor(7, Hook::Ingress, Place::Hardware, 10, v6);
+        let (_, message, options) = sent(&rule);
+        assert_eq!(u32::from(message.header.handle), ANCHOR);
+        assert!(rule.source.ip().is_unspecified() && rule.source.port() == 0, "{rule:?}");
+        assert_eq!(rule.destination, rule.source);
+        // The kernel has a table of its own for each set of masks: it must be that of connections' rules.
+        let connection = Rule { ends: false, ..if v6 { v6_in() } else { v4() } };
+        let (.., others) = sent(&connection);
+        let kinds = |options: &[TcFilterFlowerOption]| options.iter().map(Nla::kind).collect::<Vec<_>>();
+        assert_eq!(kinds(&options), kinds(&others));
+        let acts = |options: &[TcFilterFlowerOption]| {
+            actions(options).iter().map(raw).map(|(k, _)| k).collect::<Vec<_>>()
+        };
+        assert_eq!(acts(&options), ["pedit", "csum", "mirred"]);
+        assert_eq!(acts(&others), ["pedit", "csum", "mirred"]);
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! `[steering]`: sizes of tables, and which flows get a rule of tc-flower.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::Deserialize;
 use toml::Spanned;
+use xo_proto::worth::Worth;
 
 use super::{ConfigError, Fail, default_pins};
 
@@ -38,34 +38,6 @@ pub(crate) enum FlowerMode {
     Software,
     /// Nobody: there are none.
     Off,
-}
-
-/// When a flow is worth a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Worth {
-    /// The eBPF program has redirected so many bytes, from the network header on.
-    Bytes(u64),
-    /// It has been away for so long.
-    Age(Duration),
-}
-
-impl Worth {
-    /// `0`, `4096`, `512KiB`, `2MiB`, `1GiB`, `500ms`, `10s`.
-    fn parse(text: &str) -> Option<Worth> {
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let number: u64 = number.parse().ok()?;
-        let bytes = |shift: u32| number.checked_mul(1 << shift).map(Worth::Bytes);
-        match unit {
-            "" => bytes(0),
-            "KiB" => bytes(10),
-            "MiB" => bytes(20),
-            "GiB" => bytes(30),
-            "ms" => Some(Worth::Age(Duration::from_millis(number))),
-            "s" => Some(Worth::Age(Duration::from_secs(number))),
-            _ => None,
-        }
-    }
 }
 
 impl Default for Steering {
@@ -127,10 +99,8 @@ impl FileSteering {
             steering.flower_queue = n.into_inner() as usize;
         }
         if let Some(text) = self.flower_after {
-            steering.flower_after = Worth::parse(text.get_ref()).ok_or_else(|| {
-                let message = "flower_after is a number of bytes (\"2MiB\") or an age (\"10s\")";
-                fail(text.span().start, message.into())
-            })?;
+            steering.flower_after = Worth::parse(text.get_ref())
+                .map_err(|e| fail(text.span().start, format!("flower_after is {e}")))?;
         }
         Ok(steering)
     }

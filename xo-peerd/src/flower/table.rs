@@ -11,8 +11,8 @@ use mio::Waker;
 use xo_bpf_abi::FLAG_RULE;
 use xo_flower::queue::Counts;
 use xo_flower::{
-    Channel, Error, FlowRules, Hook, Kernel, Place, Queue, Removal, Report, Rewrite, Rule, Taken, Ticket,
-    Worker, queue,
+    ANCHOR, Channel, Error, FlowRules, Hook, Kernel, Place, Queue, Removal, Report, Rewrite, Rule, Taken,
+    Ticket, Worker, queue,
 };
 use xo_proto::wire::HandoffId;
 use xo_sys::route::RouteLookup;
@@ -50,7 +50,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Finds out which interfaces take rules. An earlier daemon's rules go: its flows are in eBPF.
+    /// Finds out which interfaces take rules. An earlier daemon's rules go, its anchors among them: its flows are in eBPF.
     ///
     /// # Errors
     /// Why there will be no rules.
@@ -83,6 +83,12 @@ impl Table {
         if takes.is_empty() || place == Place::Software && !all {
             let who = if place == Place::Hardware { "no NIC" } else { "not the kernel" };
             return Err(format!("{who} takes rules ({})", names(&interfaces)));
+        }
+        for (number, name) in &takes {
+            // Without one rules come and go at a higher price.
+            if let Err(e) = channel.anchor(*number, Hook::Ingress, place, PREFERENCE) {
+                log::warn!("{name}: no anchor for flow rules: {e}");
+            }
         }
         let (queue, worker) = queue(config.flower_queue);
         let (report, news) = channel_of_news();
@@ -164,7 +170,8 @@ impl Table {
         to: SocketAddr,
         hop: Hop,
     ) -> Option<(Ticket<FlowRules>, u32)> {
-        self.next_handle = self.next_handle.wrapping_add(1).max(1);
+        // From 1 on, around and around; the anchors' is the highest.
+        self.next_handle = self.next_handle % (ANCHOR - 1) + 1;
         let handle = self.next_handle;
         let rule = |interface| Rule {
             interface,
@@ -202,15 +209,24 @@ impl Table {
         self.queue.counts()
     }
 
-    /// Ends the thread. Rules that are in stay, unless nobody will look after them.
+    /// Ends the thread. Anchors go; rules that are in stay, unless nobody will look after them.
     pub(super) fn close(&mut self, stay: bool) {
         self.queue.close();
         if let Some(worker) = self.worker.take() {
             let _ = worker.join();
         }
-        if !stay && let Err(e) = remove_all(&mut self.channel, &self.interfaces) {
+        let removed =
+            if stay { self.weigh_anchors() } else { remove_all(&mut self.channel, &self.interfaces) };
+        if let Err(e) = removed {
             log::error!("removing flow rules: {e}");
         }
+    }
+
+    fn weigh_anchors(&mut self) -> Result<(), Error> {
+        let (channel, place) = (&mut self.channel, self.place);
+        self.interfaces
+            .iter()
+            .try_for_each(|(number, _)| channel.weigh_anchor(*number, Hook::Ingress, place, PREFERENCE))
     }
 }
 

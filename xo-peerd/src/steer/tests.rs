@@ -29,6 +29,11 @@ fn ingress_holds() {
 }
 
 #[test]
+fn ingress_leaves_to_rules_what_they_take() {
+    fixture::run(Hook::Ingress, include_str!("tests/rules.toml"));
+}
+
+#[test]
 fn egress_rewrites() {
     fixture::run(Hook::Egress, include_str!("tests/egress.toml"));
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use super::LOCAL;
 use super::key::mixed;
+use crate::worth::Worth;
 
 /// How a rule chooses among its candidates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,6 +147,8 @@ pub struct Choice<'p> {
     pub balance: Balance,
     /// Says nothing with `Hash`.
     pub sticky: Sticky,
+    /// Connections that it moves are worth a flow rule then; `None`: as their home's configuration says.
+    pub flower_after: Option<Worth>,
     /// Hash of the request's key.
     pub key: Option<u64>,
 }

@@ -13,10 +13,11 @@ use toml::Spanned;
 use super::key::Key;
 use super::line::protocol_named;
 use super::{
-    At, Balance, Condition, IMBALANCE, MAX_IMBALANCE, Parts, Policy, PolicyError, Port, RawRule, Share,
-    Sticky, check_key, check_listen, check_targets, error_at, slots,
+    At, Balance, Condition, IMBALANCE, LOCAL, MAX_IMBALANCE, Parts, Policy, PolicyError, Port, RawRule,
+    Share, Sticky, check_key, check_listen, check_targets, error_at, slots,
 };
 use crate::protocol::Protocol;
+use crate::worth::Worth;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,6 +45,7 @@ struct FileRule {
     sticky: Option<Spanned<FileSticky>>,
     imbalance: Option<Spanned<u32>>,
     handler: Option<String>,
+    flower_after: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -244,9 +246,18 @@ fn raw_rule(text: &str, rule: FileRule) -> Result<RawRule, PolicyError> {
     }
     check_key(key.as_ref(), &conditions).map_err(|message| error_at(text, key_at, message))?;
     let to = rule.to.into_inner().into_iter();
-    let to = to.map(|share| At { offset: share.span().start, value: share.into_inner().0 }).collect();
+    let to: Vec<_> = to.map(|share| At { offset: share.span().start, value: share.into_inner().0 }).collect();
     let sticky = sticky(text, balance, rule.sticky, rule.imbalance)?;
-    Ok(RawRule { conditions, to, handler: rule.handler, balance, key, sticky, source: None })
+    let flower_after = rule.flower_after.map(|after| worth(text, after, &to)).transpose()?;
+    Ok(RawRule { conditions, to, handler: rule.handler, balance, key, sticky, flower_after, source: None })
+}
+
+fn worth(text: &str, after: Spanned<String>, to: &[At<Share>]) -> Result<Worth, PolicyError> {
+    let fail = |message| error_at(text, after.span().start, message);
+    if to.iter().all(|share| share.value.name == LOCAL) {
+        return Err(fail("`flower_after` has no effect where all is served locally".to_owned()));
+    }
+    Worth::parse(after.get_ref()).map_err(|e| fail(format!("flower_after is {e}")))
 }
 
 fn sticky(

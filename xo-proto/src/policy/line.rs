@@ -86,7 +86,7 @@ fn rule(text: &str, item: At<&str>) -> Result<RawRule, PolicyError> {
         return Err(error_at(text, to_offset, "no target after `=>`"));
     }
     let (sticky, source) = (Sticky::default(), Some(text.to_owned()));
-    Ok(RawRule { conditions, to, handler, balance, key, sticky, source })
+    Ok(RawRule { conditions, to, handler, balance, key, sticky, flower_after: None, source })
 }
 
 fn share(text: &str) -> Result<Share, String> {

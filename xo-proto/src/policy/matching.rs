@@ -70,6 +70,7 @@ impl Rule {
             handler: &self.handler,
             balance,
             sticky: self.sticky,
+            flower_after: self.flower_after,
             key,
         }
     }

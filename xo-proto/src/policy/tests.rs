@@ -254,6 +254,19 @@ fn paths_are_what_the_server_looks_up() {
 }
 
 #[test]
+fn a_rule_may_say_when_flow_rules_are_worth_it() {
+    let text = FILE
+        .replace("handler = \"web\"", "flower_after = \"2MiB\"")
+        .replace("to = [\"t2\"]", "to = [\"t2\", \"local\"]\nflower_after = \"10s\"");
+    let p = Policy::parse(&text).expect("a policy");
+    let said: Vec<_> = p.rules.iter().map(|r| r.flower_after).collect();
+    assert_eq!(said, [None, Some(Worth::Bytes(2 << 20)), Some(Worth::Age(10_000)), None]);
+    let request = "GET /img/a.png HTTP/1.1\r\n\r\n";
+    let Decision::Choose(choice) = p.decide(&head(request)) else { panic!("{request}") };
+    assert_eq!(choice.flower_after, Some(Worth::Bytes(2 << 20)));
+}
+
+#[test]
 fn errors_say_where() {
     for (from, to, line, column, part) in [
         ("to = [\"t2\"]", "to = [\"t1\", \"t3\"]", 22, 13, "unknown target `t3`; did you mean `t"),
@@ -269,6 +282,28 @@ fn errors_say_where() {
         ("handler", "sticky = 1\nhandler", 16, 10, "true, false or"),
         ("handler", "imbalance = 50\nhandler", 16, 13, "no effect without `sticky"),
         ("handler", "sticky = \"balanced\"\nimbalance = 0\nhandler", 17, 13, "1 to 1000"),
+        (
+            "handler",
+            "flower_after = \"2MB\"\nhandler",
+            16,
+            16,
+            "flower_after is a number of bytes (\"2MiB\") or an age (\"10s\")",
+        ),
+        (
+            "handler",
+            "flower_after = \"18446744073709552s\"\nhandler",
+            16,
+            16,
+            "flower_after is a number of bytes",
+        ),
+        ("handler", "flower_after = 2\nhandler", 16, 16, "invalid type: integer `2`, expected a string"),
+        (
+            "[\"local\"]",
+            "[\"local\"]\nflower_after = \"1s\"",
+            11,
+            16,
+            "no effect where all is served locally",
+        ),
         ("\"round_robin\"", "\"hash\"\nkey = \"path\"\nsticky = \"balanced\"", 17, 10, "the key decides"),
         ("\"round_robin\"", "\"hash\"\nkey = \"path_segment:0\"", 16, 7, "counted from 1"),
         ("\"round_robin\"", "\"hash\"\nkey = \"query\"", 16, 7, "needs a name (query:NAME)"),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use serde::Deserialize;
-use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
+use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE};
 use xo_proto::packet::segments;
 
 use super::super::*;
@@ -28,7 +28,8 @@ struct Table {
 #[serde(deny_unknown_fields)]
 struct Case {
     name: String,
-    /// The map's only entry: `CLIENT LOCAL hold`, `CLIENT LOCAL to ADDRESS` (ingress), `CLIENT LOCAL from ADDRESS` (egress).
+    /// The map's only entry: `CLIENT LOCAL hold`, `CLIENT LOCAL to ADDRESS [ruled | left]`, `CLIENT LOCAL deliver ADDRESS`
+    /// (ingress), `CLIENT LOCAL from ADDRESS` (egress).
     flow: Option<String>,
     /// Frames that come first; nobody looks at their verdicts.
     #[serde(default)]
@@ -49,7 +50,7 @@ struct Case {
     /// What `segments()` makes of the held packet, for the target of `replay_to`.
     replayed: Option<Vec<String>>,
     replay_to: Option<SocketAddr>,
-    /// The entry afterwards: `gone`, or `PACKETS BYTES [fin] [rst]`; absent: it has seen nothing.
+    /// The entry afterwards: `gone`, or `PACKETS BYTES [fin] [rst] [ruled] [left]`; absent: it has seen nothing.
     entry: Option<String>,
 }
 
@@ -141,6 +142,10 @@ impl Case {
             (Some(seen), Some(last_ns)) if seen.packets > 0 => {
                 assert!(run.contains(&last_ns), "{last_ns} {run:?}")
             }
+            // Marks are made just now too.
+            (Some(seen), Some(last_ns)) if seen.flags & FLAG_RULE != 0 => {
+                assert!((1..=*run.start()).contains(&last_ns), "{last_ns} {run:?}")
+            }
             (_, last_ns) => assert_eq!(last_ns.unwrap_or(0), 0, "a time without a packet"),
         }
     }
@@ -163,6 +168,13 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
         _ => panic!("flow {flow}"),
     }
     .expect("the entry");
+    let marks = match words.get(4) {
+        Some(&"ruled") => FLAG_RULE,
+        Some(&"left") => FLAG_RULE | FLAG_PASS,
+        Some(_) => panic!("flow {flow}"),
+        None => return key,
+    };
+    steer.mark_rule(&key, FLOW, marks).expect("the entry");
     key
 }
 
@@ -173,6 +185,8 @@ fn expected_entry(text: &str) -> Seen {
     let flags = words.map(|w| match w {
         "fin" => FLAG_CLIENT_FIN,
         "rst" => FLAG_CLIENT_RST,
+        "ruled" => FLAG_RULE,
+        "left" => FLAG_PASS,
         _ => panic!("entry {text}"),
     });
     Seen { packets, bytes, flags: flags.sum() }
