@@ -399,10 +399,11 @@ impl Pipe {
 
     /// A connection whose handler is gone lasts only as long as its client makes use of it.
     fn wait_until_gone(&mut self) {
+        if self.word.is_none() && self.handler.is_some() {
+            return;
+        }
         let patience = match self.writing {
-            Writing::Open | Writing::Hung => return,
-            _ if self.word.is_none() && self.handler.is_some() => return,
-            Writing::Ended { .. } => PATIENCE,
+            Writing::Open | Writing::Hung | Writing::Ended { .. } => PATIENCE,
             Writing::Answered | Writing::Shut => LINGER,
         };
         self.outstanding = raw::unacknowledged_bytes(self.socket.as_raw_fd());

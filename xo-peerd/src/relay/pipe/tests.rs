@@ -252,6 +252,36 @@ fn a_connection_that_is_taken_away_ends_without_a_packet() {
     }
 }
 
+/// What a handler has left behind is kept for its client, as long as that takes something of it.
+#[test]
+fn who_takes_nothing_is_not_waited_for_for_ever() {
+    let mut stage = Stage::new(&states()[0]);
+    let mut still = 0;
+    while still < 50 {
+        while stage.turn() == Turn::Again {}
+        match stage.handler.as_mut().expect("a handler").write(&[1; 1 << 14]) {
+            Ok(_) => still = 0,
+            Err(_) => still += 1,
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(stage.pipe.deadline, None, "its handler may wait as long as it likes");
+    stage.handler = None;
+    stage.pipe.hear(Word::Done);
+    assert_eq!((stage.turn(), stage.pipe.writing), (Turn::Wait, Writing::Open));
+    let deadline = stage.pipe.arm().expect("a deadline");
+    let mut part = [0; 1 << 14];
+    stage.until("the client takes something", |stage, _| {
+        let _ = stage.client.read(&mut part);
+        stage.pipe.deadline.is_some_and(|d| d != deadline)
+    });
+    let another = stage.pipe.deadline.expect("a deadline");
+    assert!(!stage.pipe.is_overdue(another - Duration::from_millis(1)));
+
+    stage.pipe.writing = Writing::Open;
+    assert!(stage.pipe.is_overdue(another), "it has taken nothing since");
+}
+
 /// However much either side sends, a portion is all that is kept here.
 #[test]
 fn who_does_not_read_slows_down_who_writes() {
