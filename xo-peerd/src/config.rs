@@ -13,7 +13,8 @@ use serde::Deserialize;
 use toml::Spanned;
 use xo_proto::policy::position;
 
-use crate::ktls::{self, Records};
+use crate::ktls;
+use crate::records::Records;
 use crate::reload::Loaded;
 
 mod steering;

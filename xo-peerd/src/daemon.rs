@@ -21,7 +21,6 @@ use xo_sys::{fdpass, probe};
 use crate::config::Config;
 use crate::engine::{Engine, Parts};
 use crate::flower::Flower;
-use crate::ktls::KernelTls;
 use crate::links;
 use crate::metrics::Metrics;
 use crate::metrics_http::{self, Published};
@@ -125,7 +124,6 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
         raw: RawSender::new().map_err(|e| format!("raw socket for held packets (CAP_NET_RAW): {e}"))?,
         diag: TcpLookup::new()?,
         tls,
-        kernel_tls: KernelTls::probe(config.tls_records),
         hello,
         state,
         pools: Pools::open(&config)?,

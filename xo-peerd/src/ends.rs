@@ -78,7 +78,7 @@ impl Engine {
         if let Some(served) = self.served.get_mut(key) {
             let place: Place = std::mem::replace(&mut served.place, Place::None);
             place.free(&mut self.libraries);
-            served.kernel_tls = None;
+            served.layer = None;
         }
         self.target_event(key, &TargetEvent::SocketGone);
     }

@@ -34,13 +34,14 @@ use crate::exec::Spawner;
 use crate::flower::Flower;
 use crate::host::HostFlow;
 use crate::ipc::Library;
-use crate::ktls::{Farewell, KernelTls};
+use crate::ktls::Farewell;
 use crate::metrics::Metrics;
 use crate::metrics_http::Published;
 use crate::onward::Visit;
 use crate::peer::Peer;
 use crate::pool::Pools;
 use crate::recent::Recent;
+use crate::records::RecordLayers;
 use crate::reload::PolicyFile;
 use crate::restore::Entry;
 use crate::state::State;
@@ -108,7 +109,7 @@ pub(crate) struct Engine {
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
-    pub(crate) kernel_tls: KernelTls,
+    pub(crate) records: RecordLayers,
     pub(crate) hello: Hello,
     pub(crate) state: State,
     pub(crate) targets: Targets,
@@ -178,7 +179,6 @@ pub(crate) struct Parts {
     pub(crate) raw: RawSender,
     pub(crate) diag: TcpLookup,
     pub(crate) tls: Option<Tls>,
-    pub(crate) kernel_tls: KernelTls,
     pub(crate) hello: Hello,
     pub(crate) state: State,
     pub(crate) targets: Targets,
@@ -220,6 +220,7 @@ impl Engine {
         let waker = Arc::new(Waker::new(registry, WAKER)?);
         parts.flower.start(Arc::clone(&waker))?;
         let now = Instant::now();
+        let records = RecordLayers::start(&parts.config, &waker)?;
         let policy = parts.config.policy.take().map(PolicyFile::new);
         Ok(Engine {
             config: parts.config,
@@ -231,7 +232,7 @@ impl Engine {
             raw: parts.raw,
             diag: parts.diag,
             tls: parts.tls,
-            kernel_tls: parts.kernel_tls,
+            records,
             hello: parts.hello,
             state: parts.state,
             targets: parts.targets,
@@ -329,6 +330,7 @@ impl Engine {
             SIGNALS => self.on_signal(),
             WAKER => {
                 self.on_spawned();
+                self.on_relay();
                 self.on_flower();
             }
             HELD => {
@@ -410,6 +412,7 @@ impl Engine {
     fn tick(&mut self, now: Instant) {
         self.look_for_ends(now);
         self.look_at_farewells(now);
+        self.look_at_hung(now);
         self.look_at_pools(now);
         self.look_at_targets(now);
         self.look_at_policy(now);

@@ -54,8 +54,8 @@ impl Engine {
             ],
             socket,
         };
-        if served.kernel_tls.is_some() {
-            job.environment.push(("XO_TLS", "kernel".into()));
+        if let Some(layer) = &served.layer {
+            job.environment.push(("XO_TLS", layer.name().into()));
         }
         if self.spawner.start_process(job).is_err() {
             self.target_event(key, &TargetEvent::Handed(Err(Reason::NoHandler)));
@@ -83,7 +83,7 @@ impl Engine {
                     log::error!("starting a handler: {e}");
                     // The last descriptor of the connection.
                     if let Some(served) = self.served.get_mut(&key) {
-                        served.kernel_tls = None;
+                        served.layer = None;
                     }
                     Err(Reason::NoHandler)
                 }
@@ -110,7 +110,7 @@ impl Engine {
             if let Some(served) = self.served.get_mut(&key) {
                 served.place = Place::None;
                 // Its client must see that what it has got may not be all.
-                served.kernel_tls = None;
+                served.layer = None;
             }
             self.expect_end(&key);
         }

@@ -9,7 +9,6 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use xo_proto::reason::Reason;
 use xo_proto::tls::{self, Cipher, Content, HEADER, Header, TlsState};
 use xo_sys::ktls::{self, CLOSE_NOTIFY, Direction, Keys, Suite, Support, Version, kind};
@@ -17,23 +16,10 @@ use xo_sys::raw;
 use xo_sys::tcp_repair::Repaired;
 use zeroize::Zeroizing;
 
-use crate::engine::{Engine, ServedKey};
+use crate::records::Records;
 
 /// How long a client may take to make room for what its handler has written, and the good-bye after it.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Who is to do the record layer for `exec` and `pool` handlers (`tls_records`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Records {
-    /// The kernel, if it can.
-    #[default]
-    Auto,
-    /// The kernel.
-    Kernel,
-    /// Not the kernel.
-    Library,
-}
 
 /// What this kernel's TLS is used for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,9 +45,13 @@ impl KernelTls {
         self.0.is_some()
     }
 
-    /// For `status`: who does the record layer of handlers that are programs of their own.
-    pub(crate) fn name(self) -> &'static str {
-        if self.0.is_some() { "kernel" } else { "library" }
+    /// Does it know the connection's suite?
+    pub(crate) fn has(self, tls: &TlsState) -> bool {
+        let known = |suite| {
+            let (version, cipher) = names(suite);
+            self.0.is_some_and(|support| support.has(version, cipher))
+        };
+        tls.suite().is_ok_and(known)
     }
 
     /// Can this connection be served by the kernel? `received` are the records that wait in it. How many plain bytes that
@@ -71,7 +61,7 @@ impl KernelTls {
     /// Why not.
     pub(crate) fn takes(self, tls: &TlsState, received: &[u8]) -> Result<u32, String> {
         let Some(support) = self.0 else {
-            return Err("a program of its own has no record layer, and this kernel's is not used".into());
+            return Err("this kernel's TLS is not used".into());
         };
         let suite = tls.suite().map_err(|e| e.to_string())?;
         let (version, cipher) = names(suite);
@@ -182,11 +172,16 @@ pub(crate) struct Farewell {
 }
 
 impl Farewell {
+    /// Nothing has been said yet.
+    pub(crate) fn of(kept: Kept, client: SocketAddr, now: Instant) -> Farewell {
+        Farewell { socket: kept.socket, client, said: false, until: now + PATIENCE }
+    }
+
     /// Says `close_notify` when there is room for it; the end of the descriptor is the end of the connection. Is it over?
     ///
     /// Records that were written and did not fit into the socket wait in the kernel for room, and are lost when it is closed.
     /// Where there is room there is nothing left of them.
-    fn go_on(&mut self, now: Instant) -> bool {
+    pub(crate) fn go_on(&mut self, now: Instant) -> bool {
         let fd = self.socket.as_raw_fd();
         if !self.said && raw::is_writable(fd) {
             match ktls::send_record(fd, kind::ALERT, &CLOSE_NOTIFY, libc::MSG_DONTWAIT) {
@@ -202,24 +197,5 @@ impl Farewell {
     }
 }
 
-impl Engine {
-    /// A connection's handler has closed it, in good order.
-    pub(crate) fn say_goodbye(&mut self, key: &ServedKey) {
-        let Some(served) = self.served.get_mut(key) else { return };
-        let Some(kept) = served.kernel_tls.take() else { return };
-        let now = Instant::now();
-        let mut farewell =
-            Farewell { socket: kept.socket, client: served.client, said: false, until: now + PATIENCE };
-        if !farewell.go_on(now) {
-            self.farewells.push(farewell);
-        }
-    }
-
-    /// Every tick.
-    pub(crate) fn look_at_farewells(&mut self, now: Instant) {
-        self.farewells.retain_mut(|f| !f.go_on(now));
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -107,7 +107,7 @@ pub(crate) struct Live {
     pub(crate) acceptors: Vec<(String, u64)>,
     /// How each handler serves connections that come with TLS.
     pub(crate) tls: Vec<(String, &'static str)>,
-    /// Who does the record layer of those that are programs of their own: "kernel", or the "library" of servers.
+    /// Who does the records for those that are programs of their own: "kernel_tls12", "kernel", "library".
     pub(crate) tls_records: &'static str,
     /// Pools of workers.
     pub(crate) pools: Vec<PoolView>,
@@ -354,7 +354,7 @@ impl Metrics {
         metric(
             "xo_tls_records",
             "gauge",
-            "Who does the record layer of connections with TLS: the kernel where it can, or the library only.",
+            "Who does the records of connections with TLS for exec and pool handlers.",
             &labelled("tls", &[(live.tls_records.to_owned(), 1)]),
         );
         let ready = |p: &PoolView| p.workers.iter().filter(|w| w.ready).count() as u64;

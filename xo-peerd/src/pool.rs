@@ -24,6 +24,7 @@ use xo_sys::{fdpass, raw};
 use crate::config::{Config, HandlerMode};
 use crate::engine::{self, Engine, ServedKey};
 use crate::pool::posts::Post;
+use crate::records::Layer;
 use crate::target::{allow_reuse, empty, live};
 use crate::timers::Timer;
 
@@ -376,16 +377,19 @@ impl Engine {
         let (client, seat) = (served.client, served.seat.take());
         let socket = live(restored, elapsed, client)?;
         allow_reuse(&socket, client);
-        let given = self.give(key, seat, &socket);
+        let instead = self.served.get_mut(key).and_then(|s| s.layer.as_mut()).and_then(Layer::take_end);
+        let given = self.give(key, seat, instead.as_ref().unwrap_or(&socket));
         if let Err((reason, detail)) = given {
             log::warn!("handing the connection of {client} over: {detail}");
-            match self.served.get_mut(key).and_then(|s| s.kernel_tls.take()) {
-                // Nothing empties such a socket; its host has let go of it.
-                Some(kept) => drop((kept, socket)),
-                // Silently: its host may still have it.
-                None => empty(&socket, client),
+            let layer = self.served.get_mut(key).and_then(|s| s.layer.take());
+            // Silently: its host may still have it. Nothing empties a socket that has the kernel's TLS; its host has let go of it.
+            if !layer.is_some_and(|l| l.is_kernel()) {
+                empty(&socket, client);
             }
             return Err(reason);
+        }
+        if let Some(layer) = self.served.get_mut(key).and_then(|s| s.layer.as_mut()) {
+            layer.begin();
         }
         Ok(socket)
     }
@@ -409,10 +413,10 @@ impl Engine {
             server: served.host,
             handler: handler.clone(),
             waiting: served
-                .kernel_tls
+                .layer
                 .as_ref()
-                .map_or_else(|| raw::readable_bytes(socket.as_raw_fd()) as u32, |kept| kept.waiting),
-            tls: served.kernel_tls.is_some(),
+                .map_or_else(|| raw::readable_bytes(socket.as_raw_fd()) as u32, Layer::waiting),
+            tls: served.layer.is_some(),
         });
         let mut seat = match seat {
             Some(seat) => seat,
@@ -479,7 +483,7 @@ impl Engine {
     /// The client of a worker that is gone must see that what it has got may not be all.
     fn without_goodbye(&mut self, key: &ServedKey) {
         if let Some(served) = self.served.get_mut(key) {
-            served.kernel_tls = None;
+            served.layer = None;
         }
         self.expect_end(key);
     }

@@ -14,7 +14,7 @@ use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey};
 use crate::exec::Reserve;
-use crate::ktls::Kept;
+use crate::records::Choice;
 use crate::steer::{RewriteOwner, SteerError, flow_key};
 
 /// Ports tried for the end of a detour.
@@ -37,8 +37,8 @@ struct Plan {
     acceptor: Option<usize>,
     bind: SocketAddr,
     v6_socket: bool,
-    /// The kernel is to do the record layer: plain bytes that wait.
-    kernel_tls: Option<u32>,
+    /// Who is to do the record layer, for a program of its own.
+    layer: Option<Choice>,
 }
 
 type Refusal = (Reason, String);
@@ -103,7 +103,7 @@ impl Engine {
         };
         let (here, tls) = (origin.here, begin.record.tls.is_some());
         let no_tls = |text: String| (Reason::TlsUnsupported, text);
-        let mut kernel_tls = None;
+        let mut layer = None;
         let (bind, listener, acceptor) = match &mode {
             HandlerMode::Attach { port, tls: true } if !tls => {
                 let text = format!("port {port} has TLS, the connection has none");
@@ -122,8 +122,7 @@ impl Engine {
             }
             HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => {
                 if let Some(tls) = &begin.record.tls {
-                    let waiting = self.kernel_tls.takes(tls, &begin.record.tcp.received).map_err(no_tls)?;
-                    kernel_tls = Some(waiting);
+                    layer = Some(self.records.choose(tls, &begin.record.tcp.received).map_err(no_tls)?);
                 }
                 self.keep_room(key, &mode)?;
                 let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -134,7 +133,7 @@ impl Engine {
         let bind = if here { Some(public) } else { bind }.ok_or_else(|| {
             (Reason::RestoreFailed, "no address of the client's family in `addresses`".to_owned())
         })?;
-        Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4(), kernel_tls })
+        Ok(Plan { mode, acceptor, bind, v6_socket: listener.is_ipv6() && client.is_ipv4(), layer })
     }
 
     /// What giving the connection to its handler will take: once its host is told that it can be served here, there is no
@@ -151,7 +150,7 @@ impl Engine {
         Ok(())
     }
 
-    fn carry_out(&mut self, key: &ServedKey, begin: &BeginOffload, plan: Plan) -> Result<(), Refusal> {
+    fn carry_out(&mut self, key: &ServedKey, begin: &BeginOffload, mut plan: Plan) -> Result<(), Refusal> {
         let gone = || (Reason::Closed, String::new());
         let (begun_ns, late) = self.served.get(key).map(|s| (s.begun_ns, s.late)).ok_or_else(gone)?;
         let here = self.served.get(key).is_some_and(|s| s.origin.here);
@@ -169,10 +168,8 @@ impl Engine {
         if here && local != plan.bind {
             return Err((Reason::RestoreFailed, format!("{} is taken", plan.bind)));
         }
-        if let Some(waiting) = plan.kernel_tls {
-            let served = self.served.get_mut(key).ok_or_else(gone)?;
-            let tls = served.tls.take().ok_or_else(gone)?;
-            served.kernel_tls = Some(Kept::install(&restored, &tls, waiting)?);
+        if let Some(choice) = plan.layer.take() {
+            self.give_layer(key, &restored, choice)?;
         }
         let t1 = now_ns();
         let (entrance, entry) = if here {

@@ -20,9 +20,9 @@ use crate::clock::now_ns;
 use crate::config::HandlerMode;
 use crate::engine::{Engine, ServedKey, is_fresh};
 use crate::exec::Reserve;
-use crate::ktls::Kept;
 use crate::onward::Origin;
 use crate::pool::Seat;
+use crate::records::Layer;
 use crate::restore::Entry;
 use crate::timers::Timer;
 
@@ -44,8 +44,8 @@ pub(crate) struct Served {
     pub(crate) begin: Option<Box<BeginOffload>>,
     /// Its TLS, if it has any, until it is sent to the process that accepts the connection.
     pub(crate) tls: Option<TlsState>,
-    /// Its records are the kernel's.
-    pub(crate) kernel_tls: Option<Kept>,
+    /// Who does its records, if its handler is a program of its own.
+    pub(crate) layer: Option<Layer>,
     /// It has TLS, and so has the port whose server gets it: that begins with a handshake.
     pub(crate) handshake: bool,
     pub(crate) restored: Option<Repaired>,
@@ -105,7 +105,7 @@ impl Served {
             moves: 0,
             begin: None,
             tls: None,
-            kernel_tls: None,
+            layer: None,
             handshake: false,
             restored: None,
             kept: None,
@@ -173,7 +173,9 @@ impl Engine {
             let quick = origin.here
                 || match mode {
                     Some(HandlerMode::Attach { .. }) => true,
-                    Some(HandlerMode::Pool { .. }) => begin.record.tls.is_none(),
+                    Some(HandlerMode::Pool { .. }) => {
+                        begin.record.tls.as_ref().is_none_or(|tls| !self.records.is_kernel(tls))
+                    }
                     Some(HandlerMode::Exec { .. }) | None => false,
                 };
             let machine = Target::new(begin.start && fresh && quick);
@@ -367,7 +369,7 @@ impl Engine {
             TargetAction::Discard => {
                 if let Some(served) = self.served.get_mut(key) {
                     served.restored = None;
-                    served.kernel_tls = None;
+                    served.layer = None;
                     served.seat = None;
                 }
                 self.remove_entry(key);
@@ -421,7 +423,11 @@ impl Engine {
             Some(HandlerMode::Exec { command }) => match live(restored, elapsed, client) {
                 Ok(socket) => {
                     allow_reuse(&socket, client);
-                    self.exec(key, command, socket);
+                    let instead = served.layer.as_mut().and_then(|layer| {
+                        layer.begin();
+                        layer.take_end()
+                    });
+                    self.exec(key, command, instead.unwrap_or(socket));
                     None
                 }
                 Err(reason) => Some(Err(reason)),
@@ -491,6 +497,7 @@ impl Engine {
             if let Some(kept) = served.kept.take() {
                 empty(&kept, served.client);
             }
+            served.layer = None;
             let parked = std::mem::take(&mut served.parked);
             self.abandon_place(key);
             self.hopeless(parked);

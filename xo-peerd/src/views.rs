@@ -9,6 +9,7 @@ use xo_proto::slot::Counter;
 use crate::config::{Handler, HandlerMode};
 use crate::engine::Engine;
 use crate::metrics::{Live, PeerView};
+use crate::records::Layer;
 use crate::restore::Entry;
 use crate::target::Served;
 
@@ -42,7 +43,7 @@ impl Engine {
             handlers: self.handler_views(),
             acceptors: self.acceptor_views(),
             tls: self.tls_views(),
-            tls_records: self.kernel_tls.name(),
+            tls_records: self.records.name(),
             pools: self.pools.views(),
             targets: self.target_views(),
             policy: self.policy_view(),
@@ -81,6 +82,7 @@ impl Engine {
                 "peer": &**node,
                 "to": s.host.to_string(),
                 "handler": s.handler,
+                "tls": s.layer.as_ref().map(Layer::name),
                 "state": format!("{:?}", s.state()).to_lowercase(),
                 "home": &*s.origin.node,
                 "packets": counted.map(|c| c.0),
@@ -127,8 +129,7 @@ impl Engine {
     fn tls_views(&self) -> Vec<(String, &'static str)> {
         let how = |h: &Handler| match h.mode {
             HandlerMode::Attach { port, tls } => self.tls_on(port, tls),
-            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } if self.kernel_tls.is_some() => "kernel",
-            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => "no",
+            HandlerMode::Exec { .. } | HandlerMode::Pool { .. } => self.records.name(),
         };
         self.config.handlers.iter().map(|h| (h.name.clone(), how(h))).collect()
     }

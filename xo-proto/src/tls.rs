@@ -16,6 +16,7 @@ mod keylog;
 mod keys;
 mod outgoing;
 mod record;
+mod session;
 mod stream;
 mod suite;
 #[cfg(test)]
@@ -28,6 +29,7 @@ pub use outgoing::Outgoing;
 pub use record::{
     Content, HEADER, Header, MAX_PLAINTEXT, MAX_RECORD, OVERHEAD, Opened, Opener, Sealer, explicit_nonce,
 };
+pub use session::{End, Session};
 pub use stream::{Proof, Stream};
 pub use suite::{Cipher, Suite, Version};
 

@@ -344,6 +344,15 @@ pub fn readable_bytes(fd: RawFd) -> usize {
     n.max(0) as usize
 }
 
+/// Bytes of a TCP socket that the other side has not acknowledged (SIOCOUTQ).
+#[must_use]
+pub fn unacknowledged_bytes(fd: RawFd) -> usize {
+    let mut n = 0_i32;
+    // SAFETY: the number lives through the call and may be written.
+    let _ = sys!(libc::SYS_ioctl, fd, libc::TIOCOUTQ, &raw mut n);
+    n.max(0) as usize
+}
+
 /// How long a blocking read waits at most (SO_RCVTIMEO); `None`: for ever.
 #[must_use]
 pub fn receive_timeout(fd: RawFd) -> Option<Duration> {
@@ -377,6 +386,16 @@ pub fn is_writable(fd: RawFd) -> bool {
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: one pollfd and a time that live through the call; no signal mask.
     matches!(sys!(libc::SYS_ppoll, &raw mut poll, 1, &raw const now, 0, 8), Ok(1..))
+}
+
+/// Is a connection closed in both directions (POLLHUP)? So is a Unix socket whose other end is closed.
+#[must_use]
+pub fn is_closed_both_ways(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: 0, revents: 0 };
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: one pollfd and a time that live through the call; no signal mask.
+    let _ = sys!(libc::SYS_ppoll, &raw mut poll, 1, &raw const now, 0, 8);
+    poll.revents & libc::POLLHUP != 0
 }
 
 /// epoll_ctl(2).

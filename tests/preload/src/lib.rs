@@ -21,6 +21,7 @@ pub mod redis;
 pub mod servers;
 pub mod shards;
 pub mod tls;
+pub mod tls_programs;
 pub mod tls_targets;
 pub mod traffic;
 pub mod wire;

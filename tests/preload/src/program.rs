@@ -95,13 +95,12 @@ impl Program {
 
     /// Lets each of its processes open so many descriptors more than it has now.
     pub fn leave_descriptors(&self, more: usize) {
-        for pid in self.processes() {
-            let open: Vec<u64> = fs::read_dir(format!("/proc/{pid}/fd"))
-                .map(|all| all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
-                .unwrap_or_default();
-            let limit = (0..).filter(|n| !open.contains(n)).nth(more).expect("a number");
-            limit_descriptors(pid, limit);
-        }
+        self.processes().into_iter().for_each(|pid| leave_descriptors(pid, more));
+    }
+
+    /// As [`Program::leave_descriptors`], for it alone.
+    pub fn leave_own_descriptors(&self, more: usize) {
+        leave_descriptors(self.pid(), more);
     }
 
     /// Takes [`Program::leave_descriptors`] back.
@@ -161,6 +160,14 @@ impl Drop for Program {
         unsafe { libc::kill(-(self.pid() as i32), libc::SIGKILL) };
         let _ = self.child.wait();
     }
+}
+
+fn leave_descriptors(pid: u32, more: usize) {
+    let open: Vec<u64> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .map(|all| all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+        .unwrap_or_default();
+    let limit = (0..).filter(|n| !open.contains(n)).nth(more).expect("a number");
+    limit_descriptors(pid, limit);
 }
 
 /// Sets how many descriptors a process may have, within its hard limit.

@@ -475,10 +475,18 @@ impl Https {
     /// When the client itself fails.
     #[must_use]
     pub fn crowd(&self, suite: Suite, connections: u64, requests: u64) -> Value {
+        self.crowd_at(suite, &self.bed.servers(), connections, requests)
+    }
+
+    /// As [`Https::crowd`], with these names in the paths.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn crowd_at(&self, suite: Suite, nodes: &[String], connections: u64, requests: u64) -> Value {
         let script = self.bed.file("crowd.py", &format!("{CLIENT_HEAD}{CROWD}"));
         let mut command = Command::new("python3");
-        let options =
-            json!({ "connections": connections, "requests": requests, "nodes": self.bed.servers() });
+        let options = json!({ "connections": connections, "requests": requests, "nodes": nodes });
         let options = self.say_suite(&mut command, suite, options);
         command.arg(script).args([address("host"), "443".into()]).arg(self.bed.root("host"));
         let output = self.bed.run("client", command.arg(options.to_string()));

@@ -1,10 +1,9 @@
 use xo_proto::tls::{Sealer, Suite as TlsSuite, Version as TlsVersion};
-use xo_sys::ktls::KtlsError;
 
 use super::*;
 
 /// A state of every suite, both directions with keys of their own.
-fn states() -> Vec<TlsState> {
+pub(crate) fn states() -> Vec<TlsState> {
     let tls13 = [0x1301, 0x1302, 0x1303].map(|cipher| (TlsVersion::Tls13, cipher));
     let tls12 = [0xc02f, 0xc030, 0xcca8].map(|cipher| (TlsVersion::Tls12, cipher));
     tls13.into_iter().chain(tls12).map(|(version, cipher)| state(version, cipher)).collect()
@@ -25,31 +24,13 @@ fn state(version: TlsVersion, cipher: u16) -> TlsState {
 }
 
 /// What a client has sent: records of these kinds.
-fn queue(state: &TlsState, records: &[(Content, &[u8])]) -> Vec<u8> {
+pub(crate) fn queue(state: &TlsState, records: &[(Content, &[u8])]) -> Vec<u8> {
     let mut sealer = Sealer::new(state.suite().expect("a suite"), state.received.clone());
     let mut bytes = Vec::new();
     for (content, data) in records {
         sealer.seal(*content, data, &mut bytes).expect("a record");
     }
     bytes
-}
-
-#[test]
-fn without_the_kernels_tls_the_library_has_it() {
-    let [auto, kernel, library] = [Records::Auto, Records::Kernel, Records::Library].map(KernelTls::probe);
-    match ktls::probe() {
-        Ok(_) => assert_eq!((auto.name(), kernel.name()), ("kernel", "kernel")),
-        Err(KtlsError::Absent) => assert_eq!((auto.name(), kernel.name()), ("library", "library")),
-        Err(e) => panic!("{e}"),
-    }
-    assert_eq!(library.name(), "library");
-    for state in states() {
-        let why = library.takes(&state, &[]).expect_err("nobody has a record layer");
-        assert_eq!(why, "a program of its own has no record layer, and this kernel's is not used");
-        if auto.is_some() {
-            assert_eq!(auto.takes(&state, &[]), Ok(0));
-        }
-    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub mod alert {
 }
 
 /// Most requests fit: a buffer of this size is kept, bytes.
-const KEPT: usize = 1024;
+pub(super) const KEPT: usize = 1024;
 /// KeyUpdate, with its length, before the byte that says whether an answer is asked for (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 4] = [24, 0, 0, 1];
 
