@@ -10,6 +10,7 @@ mod maps;
 mod sweep;
 mod tap;
 mod veth;
+mod xdp;
 
 use bench::Hook;
 
@@ -31,4 +32,9 @@ fn ingress_holds() {
 #[test]
 fn egress_rewrites() {
     fixture::run(Hook::Egress, include_str!("tests/egress.toml"));
+}
+
+#[test]
+fn plain_segments_take_the_fast_path() {
+    fixture::run(Hook::Xdp, include_str!("tests/xdp.toml"));
 }

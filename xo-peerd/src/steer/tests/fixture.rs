@@ -8,7 +8,7 @@ use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST};
 use xo_proto::packet::segments;
 
 use super::super::*;
-use super::bench::{Bench, Hook, Verdict, owner};
+use super::bench::{Bench, Hook, INGRESS, Verdict, owner};
 use super::frame::frame;
 use crate::clock::now_ns;
 
@@ -30,7 +30,10 @@ struct Case {
     name: String,
     /// The map's only entry: `CLIENT LOCAL hold`, `CLIENT LOCAL to ADDRESS` (ingress), `CLIENT LOCAL from ADDRESS` (egress).
     flow: Option<String>,
-    /// Frames that come first; nobody looks at their verdicts.
+    /// The way to the flow's new address, for XDP: `back LONGEST`, by the interface that frames come in by; `round LONGEST`, by
+    /// that, but as if from another one; `other LONGEST`; `old LONGEST`, not good any more.
+    way: Option<String>,
+    /// Frames that come first (to tc, where the case is about XDP); nobody looks at their verdicts.
     #[serde(default)]
     before: Vec<String>,
     #[serde(rename = "in")]
@@ -82,8 +85,12 @@ impl Case {
     fn run(&self, hook: Hook) {
         let mut bench = Bench::new();
         let key = self.flow.as_deref().map(|flow| enter(&mut bench.steer, flow));
+        if let Some(way) = &self.way {
+            pretend(&mut bench, way, &key.expect("a flow"));
+        }
         let start = now_ns();
         for earlier in &self.before {
+            let hook = if matches!(hook, Hook::Egress) { hook } else { Hook::Ingress };
             bench.run(hook, &frame(earlier));
         }
         bench.held();
@@ -126,7 +133,7 @@ impl Case {
 
     fn check_entry(&self, steer: &Steer, hook: Hook, key: &FlowKey, run: std::ops::RangeInclusive<u64>) {
         let (seen, last_ns) = match hook {
-            Hook::Ingress => steer.flow(key).map(|e| (e.packets, e.bytes, e.flags, e.last_ns)),
+            Hook::Ingress | Hook::Xdp => steer.flow(key).map(|e| (e.packets, e.bytes, e.flags, e.last_ns)),
             Hook::Egress => steer.rewrite_entry(key).map(|e| (e.packets, e.bytes, 0, e.last_ns)),
         }
         .map(|(packets, bytes, flags, last_ns)| (Seen { packets, bytes, flags }, last_ns))
@@ -164,6 +171,22 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
     }
     .expect("the entry");
     key
+}
+
+/// Makes the way.
+fn pretend(bench: &mut Bench, way: &str, key: &FlowKey) {
+    let to = bench.steer.flow(key).map(|e| address(e.to_addr, 0).ip()).expect("an entry");
+    let (kind, longest) = way.split_once(' ').unwrap_or_else(|| panic!("way {way}"));
+    let longest = longest.parse().unwrap_or_else(|_| panic!("way {way}"));
+    let soon = now_ns() + 60_000_000_000;
+    let (interface, back, until_ns) = match kind {
+        "back" => (INGRESS, 1, soon),
+        "round" => (INGRESS, 0, soon),
+        "other" => (INGRESS + 1, 1, soon),
+        "old" => (INGRESS, 1, now_ns()),
+        _ => panic!("way {way}"),
+    };
+    bench.hop(to, interface, (longest, back), until_ns);
 }
 
 fn expected_entry(text: &str) -> Seen {
