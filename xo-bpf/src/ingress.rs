@@ -15,6 +15,7 @@ use xo_bpf_abi::{
 };
 
 use crate::count::{add, count};
+use crate::mend::mend;
 use crate::packet::{ACK, Direction, FIN, NoFlow, Packet, RST, SYN, parse, rewrite};
 use crate::quote;
 
@@ -42,6 +43,7 @@ static SCRATCH: Array<Scratch> = Array::with_max_entries(1, 0);
 
 #[classifier]
 pub fn xo_ingress(ctx: TcContext) -> i32 {
+    mend(&ctx);
     match parse(&ctx, Direction::FromClient) {
         Ok(packet) => steer(&ctx, &packet),
         Err(NoFlow::Unparsed) => {
@@ -145,7 +147,7 @@ pub fn hops_left(hops: u8, away: bool) -> Option<u8> {
 }
 
 #[map]
-static HOPS: HashMap<[u32; 4], NextHop> = HashMap::with_max_entries(MAX_HOPS, BPF_F_NO_PREALLOC);
+pub static HOPS: HashMap<[u32; 4], NextHop> = HashMap::with_max_entries(MAX_HOPS, BPF_F_NO_PREALLOC);
 
 /// `struct bpf_redir_neigh` (linux/bpf.h).
 #[repr(C)]

@@ -1,5 +1,5 @@
-//! XO's eBPF programs: ingress steering on the host, source rewrite on the target, the restored socket's window. All are
-//! attached on every machine; which of them finds something to do is the daemon's business.
+//! XO's eBPF programs: ingress steering on the host, with a fast path for XDP; source rewrite on the target; the restored socket's
+//! window. All but the fast path are attached on every machine; which of them finds something to do is the daemon's business.
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "atomic addition, which core does not offer on this target")]
 #![no_std]
@@ -9,8 +9,10 @@ mod carry;
 mod count;
 mod egress;
 mod ingress;
+mod mend;
 mod packet;
 mod quote;
+mod xdp;
 
 #[cfg(not(test))]
 #[panic_handler]

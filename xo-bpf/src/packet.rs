@@ -7,8 +7,10 @@ use xo_bpf_abi::FlowKey;
 
 const ETH_HEADER: usize = 14;
 const VLAN_TAG: usize = 4;
-const ETH_P_IPV4: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
+/// EtherTypes.
+pub const ETH_P_IPV4: u16 = 0x0800;
+/// See [`ETH_P_IPV4`].
+pub const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_VLAN: u16 = 0x8100;
 const ETH_P_QINQ: u16 = 0x88a8;
 /// Numbers of protocols.
@@ -145,10 +147,15 @@ impl V6 {
     /// taken for the IPv4 flow of the same name.
     #[inline(always)]
     pub fn is_valid(&self) -> bool {
-        let mapped = |a: &[u32; 4]| (a[0] | a[1]) == 0 && a[2] == MAPPED;
         let version = u32::from_be(self.version_flow) >> 28;
-        version == 6 && !mapped(&self.source) && !mapped(&self.destination)
+        version == 6 && !is_mapped(&self.source) && !is_mapped(&self.destination)
     }
+}
+
+/// Is it an IPv4 address in IPv6 clothes?
+#[inline(always)]
+pub fn is_mapped(a: &[u32; 4]) -> bool {
+    (a[0] | a[1]) == 0 && a[2] == MAPPED
 }
 
 /// An IPv4 address in IPv6 clothes.

@@ -3,10 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcAttribute, TcFilterFlowerOption, TcMessage, TcOption, TcStats2,
@@ -51,6 +51,17 @@ pub struct Taken {
     pub software: bool,
     /// Rules in the NIC.
     pub hardware: bool,
+}
+
+/// An interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its Ethernet address.
+    pub ethernet: [u8; 6],
+    /// Longest packet, bytes from the network header on.
+    pub mtu: u32,
+    /// One end of a pair of virtual interfaces.
+    pub is_veth: bool,
 }
 
 /// A netlink socket in the network namespace it was made in. Needs CAP_NET_ADMIN there.
@@ -141,6 +152,14 @@ impl Channel {
     /// # Errors
     /// `Refused` (ENODEV), `Exchange`, `Answer`.
     pub fn ethernet(&mut self, interface: u32) -> Result<Option<[u8; 6]>, Error> {
+        Ok(self.link(interface)?.map(|link| link.ethernet))
+    }
+
+    /// What is known of an interface that has an Ethernet address; `None` where it has none.
+    ///
+    /// # Errors
+    /// `Refused` (ENODEV), `Exchange`, `Answer`.
+    pub fn link(&mut self, interface: u32) -> Result<Option<Link>, Error> {
         let mut message = LinkMessage::default();
         message.header.index = interface;
         let Some(RouteNetlinkMessage::NewLink(link)) =
@@ -148,10 +167,18 @@ impl Channel {
         else {
             return Ok(None);
         };
-        Ok(link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
-            _ => None,
-        }))
+        let (mut ethernet, mut mtu, mut is_veth) = (None, 0, false);
+        for attribute in &link.attributes {
+            match attribute {
+                LinkAttribute::Address(address) => ethernet = address.as_slice().try_into().ok(),
+                LinkAttribute::Mtu(n) => mtu = *n,
+                LinkAttribute::LinkInfo(infos) => {
+                    is_veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
+                }
+                _ => {}
+            }
+        }
+        Ok(ethernet.map(|ethernet| Link { ethernet, mtu, is_veth }))
     }
 
     /// Ethernet address of a neighbour, if the kernel knows it.
@@ -159,29 +186,34 @@ impl Channel {
     /// # Errors
     /// `Refused`, `Exchange`, `Answer`.
     pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Result<Option<[u8; 6]>, Error> {
-        let mut message = NeighbourMessage::default();
-        message.header.ifindex = interface;
-        let (family, address) = match address {
-            IpAddr::V4(ip) => (AddressFamily::Inet, NeighbourAddress::Inet(ip)),
-            IpAddr::V6(ip) => (AddressFamily::Inet6, NeighbourAddress::Inet6(ip)),
-        };
-        message.header.family = family;
-        message.attributes.push(NeighbourAttribute::Destination(address));
-        let answer = match self.ask(question(RouteNetlinkMessage::GetNeighbour(message))) {
-            Err(Error::Refused(e)) if e.raw_os_error() == Some(ENOENT) => return Ok(None),
-            other => other?,
-        };
-        let Some(RouteNetlinkMessage::NewNeighbour(found)) = answer else { return Ok(None) };
-        if matches!(
-            found.header.state,
-            NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None
-        ) {
-            return Ok(None);
+        Ok(self.find_neighbour(interface, address)?.and_then(|found| ethernet(&found)))
+    }
+
+    /// The same, and the kernel treats the neighbour as one that a packet was just sent to: it looks for its address if it has none,
+    /// and asks again if it has not heard of it for a while.
+    ///
+    /// # Errors
+    /// `Refused`, `Exchange`, `Answer`.
+    pub fn use_neighbour(&mut self, interface: u32, address: IpAddr) -> Result<Option<[u8; 6]>, Error> {
+        let found = self.find_neighbour(interface, address)?;
+        let fixed = |state| matches!(state, NeighbourState::Permanent | NeighbourState::Noarp);
+        // What an administrator has entered would become invalid by this request (`__neigh_update`, net/core/neighbour.c).
+        if !found.as_ref().is_some_and(|found| fixed(found.header.state)) {
+            let mut message = neighbour(interface, address);
+            message.header.flags = NeighbourFlags::Use;
+            let mut request = question(RouteNetlinkMessage::NewNeighbour(message));
+            request.header.flags |= NLM_F_CREATE;
+            self.ask(request)?;
         }
-        Ok(found.attributes.iter().find_map(|attribute| match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
-            _ => None,
-        }))
+        Ok(found.and_then(|found| ethernet(&found)))
+    }
+
+    fn find_neighbour(&mut self, interface: u32, address: IpAddr) -> Result<Option<NeighbourMessage>, Error> {
+        match self.ask(question(RouteNetlinkMessage::GetNeighbour(neighbour(interface, address)))) {
+            Ok(Some(RouteNetlinkMessage::NewNeighbour(found))) => Ok(Some(found)),
+            Err(Error::Refused(e)) if e.raw_os_error() == Some(ENOENT) => Ok(None),
+            other => other.map(|_| None),
+        }
     }
 
     /// How many packets have met the rule.
@@ -262,6 +294,31 @@ fn question(message: RouteNetlinkMessage) -> NetlinkMessage<RouteNetlinkMessage>
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     request.finalize();
     request
+}
+
+/// A neighbour's Ethernet address, if it is valid.
+fn ethernet(found: &NeighbourMessage) -> Option<[u8; 6]> {
+    let unknown = [NeighbourState::Incomplete, NeighbourState::Failed, NeighbourState::None];
+    if unknown.contains(&found.header.state) {
+        return None;
+    }
+    found.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
+        _ => None,
+    })
+}
+
+/// The message that names a neighbour.
+fn neighbour(interface: u32, address: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.ifindex = interface;
+    let (family, address) = match address {
+        IpAddr::V4(ip) => (AddressFamily::Inet, NeighbourAddress::Inet(ip)),
+        IpAddr::V6(ip) => (AddressFamily::Inet6, NeighbourAddress::Inet6(ip)),
+    };
+    message.header.family = family;
+    message.attributes.push(NeighbourAttribute::Destination(address));
+    message
 }
 
 /// Removed, or not there: ENOENT says that the rule is not, EINVAL that the clsact is not, ENODEV that the interface is not.

@@ -14,7 +14,7 @@ pub mod nic;
 pub mod queue;
 pub mod rule;
 
-pub use channel::{Channel, Error, Taken};
+pub use channel::{Channel, Error, Link, Taken};
 pub use nic::{FlowRules, Kernel, Nic, Simulated, Speed};
 pub use queue::{Queue, Removal, Report, Ticket, Worker, queue};
 pub use rule::{ANCHOR, Hook, Place, Rewrite, Rule};

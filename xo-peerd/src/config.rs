@@ -20,7 +20,7 @@ use crate::reload::Loaded;
 mod steering;
 
 use self::steering::FileSteering;
-pub(crate) use self::steering::{FlowerMode, Steering};
+pub(crate) use self::steering::{FlowerMode, Steering, SteeringMode};
 
 /// Where the daemon listens for libraries by default.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/xo/peerd.sock";

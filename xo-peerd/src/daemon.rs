@@ -18,7 +18,7 @@ use xo_sys::replay::RawSender;
 use xo_sys::sock_diag::TcpLookup;
 use xo_sys::{fdpass, probe};
 
-use crate::config::Config;
+use crate::config::{Config, SteeringMode};
 use crate::engine::{Engine, Parts};
 use crate::flower::Flower;
 use crate::links;
@@ -74,6 +74,10 @@ pub(crate) fn run(mut config: Config, options: &RunOptions) -> Result<(), Box<dy
             .ok()
     });
     let mut steer = Steer::load(&config.interfaces, wanted, pins)?;
+    match config.steering.mode {
+        SteeringMode::Tc => steer.detach_xdp(),
+        SteeringMode::Xdp => steer.attach_xdp(&config.interfaces),
+    }
     if config.handoff.carry > 0
         && let Err(e) = steer.carry_windows()
     {

@@ -89,7 +89,7 @@ pub(crate) struct Live {
     pub(crate) flows_hosted: u64,
     /// Of these, served here.
     pub(crate) flows_served: u64,
-    /// "tcx" or "clsact".
+    /// "tcx", "clsact", "xdp-native" or "xdp-generic".
     pub(crate) steering_mode: String,
     /// Entries in the flow and rewrite tables.
     pub(crate) flow_entries: u64,

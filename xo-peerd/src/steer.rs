@@ -17,6 +17,7 @@ use xo_bpf_abi::{
 mod carry;
 pub(crate) mod pin;
 mod ways;
+mod xdp;
 
 use self::pin::{Pins, Sizes};
 use self::ways::Ways;

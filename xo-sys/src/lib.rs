@@ -5,6 +5,7 @@
 pub mod board;
 pub mod fdpass;
 pub mod ktls;
+pub mod netdev;
 pub mod probe;
 pub mod raw;
 pub mod replay;

@@ -7,6 +7,7 @@ pub mod bed;
 pub mod client;
 pub mod content;
 pub mod counters;
+pub mod ethtool;
 pub mod framer;
 pub mod gauge;
 pub mod hazards;

@@ -18,6 +18,8 @@ pub const MAX_HOPS: u32 = 256;
 pub const COUNTERS_MAP: &str = "COUNTERS";
 /// Name of the ingress program.
 pub const INGRESS_PROGRAM: &str = "xo_ingress";
+/// Name of the ingress program's fast path, which may run before it, at the driver.
+pub const XDP_PROGRAM: &str = "xo_xdp";
 /// Name of the egress program.
 pub const EGRESS_PROGRAM: &str = "xo_egress";
 
@@ -112,6 +114,12 @@ pub struct NextHop {
     pub family: u32,
     /// The neighbour's address, in network byte order; an IPv4 one is the first word.
     pub address: [u32; 4],
+    /// Longest packet that the XDP program sends this way by itself, bytes from the network header on; 0: none.
+    pub xdp_longest: u16,
+    /// Not 0: what has come in by the interface may be sent back by it at once (`XDP_TX`), not only as from another one.
+    pub xdp_back: u16,
+    /// What the XDP program begins a frame with: the Ethernet addresses of neighbour and interface.
+    pub ethernet: [u16; 6],
 }
 
 /// Value of [`REWRITES_MAP`]: the source that a target's packets must carry.
@@ -202,10 +210,15 @@ pub enum Path {
     LeftToRule = 15,
     /// Ingress: a SYN for a flow whose client had closed, but which a flow rule may have still; dropped: it comes again.
     ReuseDropped = 16,
+    /// XDP: rewritten and sent on; nothing behind it sees the packet.
+    XdpRedirected = 17,
+    /// XDP: of a redirected flow, but not as plain as the fast path wants it, or its way is not known; passed to the ingress
+    /// program, which counts it once more.
+    XdpLeft = 18,
 }
 
 /// Number of [`Path`] variants.
-pub const PATHS: u32 = 17;
+pub const PATHS: u32 = 19;
 
 /// Name of each [`Path`], by index, for metrics.
 pub const PATH_NAMES: [&str; PATHS as usize] = [
@@ -226,11 +239,13 @@ pub const PATH_NAMES: [&str; PATHS as usize] = [
     "quote_passed",
     "left_to_rule",
     "reuse_dropped",
+    "xdp_redirected",
+    "xdp_left",
 ];
 
 const _: () = assert!(size_of::<FlowKey>() == 36);
 const _: () = assert!(size_of::<FlowEntry>() == 72);
-const _: () = assert!(size_of::<NextHop>() == 32);
+const _: () = assert!(size_of::<NextHop>() == 48);
 const _: () = assert!(size_of::<RewriteEntry>() == 80);
 const _: () = assert!(size_of::<HeldHeader>() == 56);
 

@@ -1,4 +1,4 @@
-//! `[steering]`: sizes of tables, and which flows get a rule of tc-flower.
+//! `[steering]`: where programs run, sizes of tables, and which flows get a rule of tc-flower.
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,8 @@ const MAX_FLOWER_QUEUE: u32 = 1 << 20;
 /// How packets are steered.
 #[derive(Clone, Debug)]
 pub(crate) struct Steering {
+    /// Where packets are steered.
+    pub(crate) mode: SteeringMode,
     /// Entries in the flow table, and in the rewrite table.
     pub(crate) max_flows: u32,
     /// Room for held packets, bytes; a power of two.
@@ -25,6 +27,17 @@ pub(crate) struct Steering {
     pub(crate) flower_queue: usize,
     /// Flows that get a rule.
     pub(crate) flower_after: Worth,
+}
+
+/// Where packets are steered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SteeringMode {
+    /// By the programs at tc.
+    #[default]
+    Tc,
+    /// Plain segments of redirected flows by XDP before that.
+    Xdp,
 }
 
 /// Who carries out flow rules (tc-flower).
@@ -43,6 +56,7 @@ pub(crate) enum FlowerMode {
 impl Default for Steering {
     fn default() -> Self {
         Steering {
+            mode: SteeringMode::default(),
             max_flows: 65_536,
             hold_bytes: 4 << 20,
             pin_directory: None,
@@ -57,6 +71,7 @@ impl Default for Steering {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 pub(super) struct FileSteering {
+    mode: Option<SteeringMode>,
     max_flows: Option<Spanned<u32>>,
     hold_bytes: Option<Spanned<u32>>,
     pin_directory: Option<Spanned<PathBuf>>,
@@ -68,6 +83,7 @@ pub(super) struct FileSteering {
 impl FileSteering {
     pub(super) fn checked(self, node: &str, fail: Fail<'_>) -> Result<Steering, ConfigError> {
         let mut steering = Steering { pin_directory: default_pins(node), ..Steering::default() };
+        steering.mode = self.mode.unwrap_or_default();
         if let Some(directory) = self.pin_directory {
             let at = directory.span().start;
             steering.pin_directory = match directory.into_inner() {

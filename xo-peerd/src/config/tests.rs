@@ -120,6 +120,7 @@ spin_us = 7
 max_cwnd = 9
 
 [steering]
+mode = "xdp"
 max_flows = 1
 hold_bytes = 131_072
 flower = "software"
@@ -148,6 +149,7 @@ flower_after = "512KiB"
     assert_eq!(c.handlers, [attach, exec]);
     assert_eq!((c.handoff.timeout, c.handoff.connect_timeout), (Duration::from_millis(250), Duration::ZERO));
     assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(7), 9));
+    assert_eq!(c.steering.mode, SteeringMode::Xdp);
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (1, 131_072));
     assert_eq!((c.steering.flower, c.steering.flower_queue), (FlowerMode::Software, 7));
     assert_eq!(c.steering.flower_after, Worth::Bytes(512 << 10));
@@ -283,7 +285,7 @@ fn unknown_keys_say_where_and_what_there_is() {
         ),
         (
             "[steering]\nmax_flows = 5\nring = 5\n",
-            "5:1: unknown field `ring`, expected one of `max_flows`, `hold_bytes`, `pin_directory`, `flower`, `flower_queue`, `flower_after`",
+            "5:1: unknown field `ring`, expected one of `mode`, `max_flows`, `hold_bytes`, `pin_directory`, `flower`, `flower_queue`, `flower_after`",
         ),
     ]);
 }
@@ -439,6 +441,25 @@ fn tables_have_a_size_that_the_kernel_takes() {
             "4:10: unknown variant `nic`, expected one of `hardware`, `software`, `off`",
         ),
     ]);
+}
+
+#[test]
+fn packets_are_steered_at_tc_or_by_xdp() {
+    assert_eq!(load(BASE).steering.mode, SteeringMode::Tc);
+    for (text, mode) in [("tc", SteeringMode::Tc), ("xdp", SteeringMode::Xdp)] {
+        let c = load(&format!("{BASE}[steering]\nmode = \"{text}\"\n"));
+        assert_eq!(c.steering.mode, mode, "{text}");
+    }
+    let mut wrong = Vec::new();
+    for text in ["XDP", "native", "xdp-generic", "tcx", "", "tc "] {
+        wrong.push((
+            format!("[steering]\nmode = \"{text}\"\n"),
+            format!("4:8: unknown variant `{text}`, expected `tc` or `xdp`"),
+        ));
+    }
+    wrong.push(("[steering]\nmode = 1\n".into(), "4:8: wanted string or table".into()));
+    let wrong: Vec<_> = wrong.iter().map(|(text, error)| (text.as_str(), error.as_str())).collect();
+    errors(&wrong);
 }
 
 #[test]

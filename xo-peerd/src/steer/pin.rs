@@ -12,7 +12,7 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 
 /// Version of the maps' layout; another one's flows cannot be taken over.
-const LAYOUT: u32 = 5;
+const LAYOUT: u32 = 6;
 /// `statfs` type of the BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -88,6 +88,21 @@ impl Pins {
         let id = program.attach_with_options(interface, hook, first)?;
         FdLink::try_from(program.take_link(id)?)?.pin(&path)?;
         Ok(())
+    }
+
+    /// Removes the pins of XDP programs, but for those that are attached in the mode `but`; were there any?
+    pub(super) fn forget_xdp(&self, but: Option<&str>) -> io::Result<bool> {
+        let mut any = false;
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_xdp = name.starts_with("link-") && name.contains("-xdp-");
+            if is_xdp && but.is_none_or(|mode| !name.ends_with(mode)) {
+                fs::remove_file(entry.path())?;
+                any = true;
+            }
+        }
+        Ok(any)
     }
 
     /// Removes everything: the programs are detached, the maps forgotten when this process closes them.

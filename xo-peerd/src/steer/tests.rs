@@ -10,6 +10,7 @@ mod maps;
 mod sweep;
 mod tap;
 mod veth;
+mod xdp;
 
 use bench::Hook;
 
@@ -36,4 +37,9 @@ fn ingress_leaves_to_rules_what_they_take() {
 #[test]
 fn egress_rewrites() {
     fixture::run(Hook::Egress, include_str!("tests/egress.toml"));
+}
+
+#[test]
+fn plain_segments_take_the_fast_path() {
+    fixture::run(Hook::Xdp, include_str!("tests/xdp.toml"));
 }

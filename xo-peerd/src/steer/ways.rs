@@ -3,6 +3,8 @@
 //!
 //! What the program finds is good for a few seconds only and renewed meanwhile, so that a machine whose daemon has died
 //! follows its routes again.
+//!
+//! The XDP program sends frames itself, so it is told Ethernet addresses too, where it can (`xdp.rs`).
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -14,6 +16,7 @@ use xo_bpf_abi::{MAX_HOPS, NextHop};
 use xo_sys::route::{RouteLookup, RouteWatch, Way};
 
 use super::mapped;
+use super::xdp::Fast;
 use crate::clock::now_ns;
 
 /// How long an entry is good. Renewed every second.
@@ -25,13 +28,26 @@ pub(super) struct Ways {
     lookup: RouteLookup,
     watch: RouteWatch,
     known: BTreeSet<IpAddr>,
+    fast: Option<Fast>,
 }
 
 impl Ways {
     /// # Errors
     /// Of socket(2) and bind(2).
     pub(super) fn new(map: HashMap<MapData, [u32; 4], NextHop>) -> std::io::Result<Ways> {
-        Ok(Ways { map, lookup: RouteLookup::new()?, watch: RouteWatch::new()?, known: BTreeSet::new() })
+        Ok(Ways {
+            map,
+            lookup: RouteLookup::new()?,
+            watch: RouteWatch::new()?,
+            known: BTreeSet::new(),
+            fast: None,
+        })
+    }
+
+    /// From now on the XDP program is told, too, what it needs.
+    pub(super) fn tell_xdp(&mut self, fast: Fast) {
+        self.fast = Some(fast);
+        self.refresh();
     }
 
     /// Packets are going to be sent there. Beyond the map's size they go as the kernel finds.
@@ -61,6 +77,18 @@ impl Ways {
         }
     }
 
+    /// Has the programs believe in a way.
+    #[cfg(test)]
+    pub(super) fn pretend(&mut self, to: IpAddr, hop: NextHop) {
+        self.map.insert(mapped(to), hop, 0).expect("the map");
+    }
+
+    /// Takes that back.
+    #[cfg(test)]
+    pub(super) fn withdraw(&mut self, to: IpAddr) {
+        self.map.remove(&mapped(to)).expect("the map");
+    }
+
     /// Empties the map, as time does.
     #[cfg(test)]
     pub(super) fn forget(&mut self) {
@@ -76,7 +104,13 @@ impl Ways {
         });
         let key = mapped(to);
         let result = match way {
-            Some(way) => self.map.insert(key, next_hop(way), 0),
+            Some(way) => {
+                let mut hop = next_hop(way);
+                if let Some(fast) = &mut self.fast {
+                    fast.complete(&mut hop, way);
+                }
+                self.map.insert(key, hop, 0)
+            }
             // The kernel may know one when a packet comes.
             None => self.map.remove(&key),
         };
@@ -92,5 +126,6 @@ fn next_hop(way: Way) -> NextHop {
         IpAddr::V6(_) => (libc::AF_INET6, mapped(way.neighbour)),
     };
     let until_ns = now_ns() + LIFE.as_nanos() as u64;
-    NextHop { until_ns, interface: way.interface, family: family as u32, address }
+    let (interface, family) = (way.interface, family as u32);
+    NextHop { until_ns, interface, family, address, xdp_longest: 0, xdp_back: 0, ethernet: [0; 6] }
 }

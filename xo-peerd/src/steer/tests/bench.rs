@@ -1,10 +1,11 @@
 //! The programs of the committed object, loaded as the daemon loads them, run on one frame at a time by
 //! BPF_PROG_TEST_RUN.
 
-use aya::programs::{TestRun, TestRunOptions};
-use xo_bpf_abi::PATH_NAMES;
+use aya::programs::{TestRun, TestRunOptions, Xdp};
+use xo_bpf_abi::{NextHop, PATH_NAMES, XDP_PROGRAM};
 
 use super::super::*;
+use super::frame::{NEIGHBOUR, OWN};
 
 /// Where `struct __sk_buff` has its fields (linux/bpf.h).
 const SK_BUFF: usize = 192;
@@ -14,6 +15,9 @@ const GSO_SIZE: usize = 176;
 /// Room for what comes out; the kernel takes no frame longer than a page.
 const LONGEST: usize = 4096;
 
+/// By which a test run's frame comes in: the loopback.
+pub(super) const INGRESS: u32 = 1;
+
 /// A program.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Hook {
@@ -21,23 +25,28 @@ pub(super) enum Hook {
     Ingress,
     /// `xo_egress`
     Egress,
+    /// `xo_xdp`
+    Xdp,
 }
 
 /// What a program says about a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Verdict {
-    /// `TC_ACT_UNSPEC`: to the next program, and on.
+    /// `TC_ACT_UNSPEC`: to the next program, and on; `XDP_PASS`: up.
     Pass,
     /// `TC_ACT_SHOT`
     Drop,
-    /// `TC_ACT_REDIRECT`
+    /// `TC_ACT_REDIRECT`, `XDP_REDIRECT`
     Redirect,
+    /// `XDP_TX`: out by the interface that it came in by.
+    Back,
 }
 
 /// Loaded programs that are attached to nothing.
 pub(super) struct Bench {
     pub(super) steer: Steer,
+    has_xdp: bool,
 }
 
 impl Bench {
@@ -49,6 +58,7 @@ impl Bench {
         Bench {
             steer: Steer::load(&[], Sizes { flows: max_flows, ring: ring_bytes }, None)
                 .expect("the programs; tests run as root"),
+            has_xdp: false,
         }
     }
 
@@ -62,6 +72,7 @@ impl Bench {
         let name = match hook {
             Hook::Ingress => INGRESS_PROGRAM,
             Hook::Egress => EGRESS_PROGRAM,
+            Hook::Xdp => return self.run_xdp(frame),
         };
         let mut context = [0; SK_BUFF];
         if gso_size > 0 {
@@ -85,6 +96,55 @@ impl Bench {
             other => panic!("no verdict of ours: {other}"),
         };
         (verdict, out)
+    }
+
+    /// A frame has come in by [`INGRESS`].
+    fn run_xdp(&mut self, frame: &[u8]) -> (Verdict, Vec<u8>) {
+        let mut out = vec![0; LONGEST];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut out);
+        let result = self.xdp().test_run(options);
+        let result = result.unwrap_or_else(|e| panic!("{} bytes: {}", frame.len(), chain(&e)));
+        out.truncate(result.data_size_out as usize);
+        let verdict = match result.return_value {
+            2 => Verdict::Pass,
+            3 => Verdict::Back,
+            4 => Verdict::Redirect,
+            other => panic!("no verdict of ours: {other}"),
+        };
+        (verdict, out)
+    }
+
+    /// The program for XDP, loaded when it is first wanted.
+    pub(super) fn xdp(&mut self) -> &mut Xdp {
+        let program = self.steer.programs.program_mut(XDP_PROGRAM).expect("the program");
+        let program: &mut Xdp = program.try_into().expect("a program for XDP");
+        if !self.has_xdp {
+            verified(|| program.load()).expect("the program");
+            self.has_xdp = true;
+        }
+        program
+    }
+
+    /// Has the program for XDP know a way to an address.
+    pub(super) fn way(&mut self, to: IpAddr, interface: u32, longest: u16, until_ns: u64) {
+        self.hop(to, interface, (longest, 1), until_ns);
+    }
+
+    /// The same; `back`: is what has come in by it sent back at once?
+    pub(super) fn hop(
+        &mut self,
+        to: IpAddr,
+        interface: u32,
+        (xdp_longest, xdp_back): (u16, u16),
+        until_ns: u64,
+    ) {
+        let ethernet = [NEIGHBOUR, OWN].concat();
+        let ethernet = std::array::from_fn(|i| u16::from_ne_bytes([ethernet[2 * i], ethernet[2 * i + 1]]));
+        let (family, address) = (0, [0; 4]);
+        let hop = NextHop { until_ns, interface, family, address, xdp_longest, xdp_back, ethernet };
+        self.steer.ways.pretend(to, hop);
     }
 
     pub(super) fn paths(&self) -> Vec<(&'static str, u64)> {

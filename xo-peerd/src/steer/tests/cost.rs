@@ -2,15 +2,16 @@
 //! asserted about times.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use aya::programs::{TestRun, TestRunOptions};
 
 use super::super::*;
-use super::bench::{Bench, owner};
+use super::bench::{Bench, INGRESS, owner};
 use super::frame::frame;
 use super::tap::alone;
-use super::veth::{Sender, Veth};
+use super::veth::{Sender, Veth, receive_offload};
 
 const FLOW: u64 = 7;
 /// Of a test run: long enough that its start does not count.
@@ -63,6 +64,35 @@ fn programs() {
     bench.steer.rewrite(&key(), &owner(FLOW), same).expect("an entry");
     let hit = run(&mut bench, EGRESS_PROGRAM, &frame("eth | v4 10.2.0.2 > 192.0.2.7 | tcp 80 > 40000 A"));
     row("egress program, known flow: counted and rewritten", "ns", hit);
+}
+
+#[test]
+#[ignore = "a measurement: bench/wrk/run --steering"]
+fn xdp() {
+    // Each start of such a test run is dear.
+    const ROUNDS: usize = 40;
+    // A segment's time to live goes down with each run.
+    const HOPS: u32 = 250;
+    let mut bench = Bench::new();
+    let time = |bench: &mut Bench, what: &str, port: u16, repeat: u32| {
+        let sent = packet(64, port);
+        let runs = (0..ROUNDS).map(|_| {
+            let mut options = TestRunOptions::new();
+            options.data_in = Some(&sent);
+            options.repeat = repeat;
+            let result = bench.xdp().test_run(options).unwrap_or_else(|e| panic!("{}", chain(&e)));
+            result.duration.as_nanos() as f64
+        });
+        let runs = runs.collect();
+        row(&format!("XDP program, {what}"), "ns", median(runs));
+    };
+    time(&mut bench, "unknown flow", 40001, REPEAT / 20);
+    let same: SocketAddr = "10.2.0.2:80".parse().expect("an address");
+    bench.steer.hold(&key(), FLOW, 0).expect("an entry");
+    bench.steer.redirect(&key(), FLOW, (0, 1), same).expect("the flip");
+    time(&mut bench, "known flow: left to the ingress program", 40000, REPEAT / 20);
+    bench.way(same.ip(), INGRESS, 1500, u64::MAX);
+    time(&mut bench, "known flow: counted, rewritten and sent on", 40000, HOPS);
 }
 
 #[test]
@@ -143,4 +173,83 @@ fn packets() {
             }
         }
     });
+}
+
+/// The same through XDP, in both places that it can run in, and beside them at tc; and what that does to packets that are none of
+/// its business. In turns, each in a network of its own.
+#[test]
+#[ignore = "a measurement: bench/wrk/run --steering"]
+fn packets_by_xdp() {
+    const MODES: [&str; 3] = ["tcx", "xdp-generic", "xdp-native"];
+    let turn = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for (number, mode) in MODES.into_iter().enumerate() {
+            let turn = &turn;
+            scope.spawn(move || {
+                let wait = || {
+                    let begun = Instant::now();
+                    while turn.load(Ordering::Acquire) % MODES.len() != number {
+                        assert!(begun.elapsed() < Duration::from_secs(60), "another one has failed");
+                        std::thread::sleep(Duration::from_micros(100));
+                    }
+                };
+                let done = || {
+                    turn.fetch_add(1, Ordering::Release);
+                };
+                alone(|| by_turns(mode, &wait, &done));
+            });
+        }
+    });
+}
+
+/// How many packets have got where they should.
+type Count<'c> = &'c dyn Fn(&Steer) -> u64;
+
+/// `wait` until it is our turn; `done`: it is the next one's.
+fn by_turns(mode: &str, wait: &dyn Fn(), done: &dyn Fn()) {
+    const ROUNDS: usize = 60;
+    const PACKETS: usize = 6400;
+    wait();
+    let mut veth = Veth::up();
+    receive_offload("va", mode == "xdp-native");
+    if mode != "tcx" {
+        veth.steer.attach_xdp(&["vb".into()]);
+    }
+    assert_eq!(veth.steer.mode(), mode);
+    veth.steer.hold(&key(), FLOW, 0).expect("an entry");
+    veth.steer.redirect(&key(), FLOW, (0, 1), target()).expect("the flip");
+    done();
+    let path = if mode == "tcx" { Path::Redirected } else { Path::XdpRedirected };
+    for length in [64, 1500] {
+        // The stack drops what is for a port that nobody listens on.
+        let data = length - 42;
+        let foreign = frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | udp 40000 > 80 | fill {data}"));
+        let kinds: [(_, _, Count<'_>); 2] = [
+            ("redirected", packet(length, 40000), &|steer| steer.counters()[path as usize]),
+            ("UDP for nobody", foreign, &|_| without_port()),
+        ];
+        let mut rates: [Vec<f64>; 2] = Default::default();
+        for _ in 0..ROUNDS {
+            wait();
+            veth.steer.refresh_ways();
+            for ((_, frame, count), rates) in kinds.iter().zip(&mut rates) {
+                let before = count(&veth.steer);
+                let spent = Sender::new(frame).send(PACKETS);
+                rates.push((count(&veth.steer) - before) as f64 / spent.as_secs_f64());
+            }
+            done();
+        }
+        for ((what, ..), rates) in kinds.iter().zip(rates) {
+            row(&format!("{mode}: sent, and {what}, {length} B"), "packets/s", median(rates));
+        }
+    }
+}
+
+/// Datagrams that came for a port that nobody listens on, in this thread's network.
+fn without_port() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").expect("counters");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let at = names.split(' ').position(|name| name == "NoPorts").expect("a counter");
+    values.split(' ').nth(at).and_then(|n| n.parse().ok()).expect("a number")
 }

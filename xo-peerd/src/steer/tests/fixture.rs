@@ -8,7 +8,7 @@ use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE};
 use xo_proto::packet::segments;
 
 use super::super::*;
-use super::bench::{Bench, Hook, Verdict, owner};
+use super::bench::{Bench, Hook, INGRESS, Verdict, owner};
 use super::frame::frame;
 use crate::clock::now_ns;
 
@@ -31,7 +31,10 @@ struct Case {
     /// The map's only entry: `CLIENT LOCAL hold`, `CLIENT LOCAL to ADDRESS [ruled | left]`, `CLIENT LOCAL deliver ADDRESS`
     /// (ingress), `CLIENT LOCAL from ADDRESS` (egress).
     flow: Option<String>,
-    /// Frames that come first; nobody looks at their verdicts.
+    /// The way to the flow's new address, for XDP: `back LONGEST`, by the interface that frames come in by; `round LONGEST`, by
+    /// that, but as if from another one; `other LONGEST`; `old LONGEST`, not good any more.
+    way: Option<String>,
+    /// Frames that come first (to tc, where the case is about XDP); nobody looks at their verdicts.
     #[serde(default)]
     before: Vec<String>,
     #[serde(rename = "in")]
@@ -83,8 +86,12 @@ impl Case {
     fn run(&self, hook: Hook) {
         let mut bench = Bench::new();
         let key = self.flow.as_deref().map(|flow| enter(&mut bench.steer, flow));
+        if let Some(way) = &self.way {
+            pretend(&mut bench, way, &key.expect("a flow"));
+        }
         let start = now_ns();
         for earlier in &self.before {
+            let hook = if matches!(hook, Hook::Egress) { hook } else { Hook::Ingress };
             bench.run(hook, &frame(earlier));
         }
         bench.held();
@@ -127,7 +134,7 @@ impl Case {
 
     fn check_entry(&self, steer: &Steer, hook: Hook, key: &FlowKey, run: std::ops::RangeInclusive<u64>) {
         let (seen, last_ns) = match hook {
-            Hook::Ingress => steer.flow(key).map(|e| (e.packets, e.bytes, e.flags, e.last_ns)),
+            Hook::Ingress | Hook::Xdp => steer.flow(key).map(|e| (e.packets, e.bytes, e.flags, e.last_ns)),
             Hook::Egress => steer.rewrite_entry(key).map(|e| (e.packets, e.bytes, 0, e.last_ns)),
         }
         .map(|(packets, bytes, flags, last_ns)| (Seen { packets, bytes, flags }, last_ns))
@@ -161,7 +168,11 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
     match words.get(2) {
         Some(&"hold") => steer.hold(&key, FLOW, 0),
         Some(&"to") => {
-            steer.hold(&key, FLOW, 0).and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
+            // Twice: nothing has been held, so the fast path need not be told by a first packet.
+            steer
+                .hold(&key, FLOW, 0)
+                .and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
+                .and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
         }
         Some(&"deliver") => steer.deliver(&key, FLOW, 0, address(3)),
         Some(&"from") => steer.rewrite(&key, &owner(FLOW), address(3)),
@@ -176,6 +187,22 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
     };
     steer.mark_rule(&key, FLOW, marks).expect("the entry");
     key
+}
+
+/// Makes the way.
+fn pretend(bench: &mut Bench, way: &str, key: &FlowKey) {
+    let to = bench.steer.flow(key).map(|e| address(e.to_addr, 0).ip()).expect("an entry");
+    let (kind, longest) = way.split_once(' ').unwrap_or_else(|| panic!("way {way}"));
+    let longest = longest.parse().unwrap_or_else(|_| panic!("way {way}"));
+    let soon = now_ns() + 60_000_000_000;
+    let (interface, back, until_ns) = match kind {
+        "back" => (INGRESS, 1, soon),
+        "round" => (INGRESS, 0, soon),
+        "other" => (INGRESS + 1, 1, soon),
+        "old" => (INGRESS, 1, now_ns()),
+        _ => panic!("way {way}"),
+    };
+    bench.hop(to, interface, (longest, back), until_ns);
 }
 
 fn expected_entry(text: &str) -> Seen {

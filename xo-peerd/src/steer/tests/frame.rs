@@ -15,9 +15,14 @@ const UDP: u8 = 17;
 const ICMP: u8 = 1;
 const ICMP6: u8 = 58;
 
+/// Ethernet addresses of a way.
+pub(super) const NEIGHBOUR: [u8; 6] = [2, 0, 0, 0, 0, 9];
+/// See [`NEIGHBOUR`].
+pub(super) const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
 /// Builds a frame. Layers:
 ///
-/// - `eth`, `vlan ID` (802.1Q), `qinq ID` (802.1ad), `ethertype HEX`
+/// - `eth`, `eth on` (between the addresses of the way that it goes on by), `vlan ID` (802.1Q), `qinq ID` (802.1ad), `ethertype HEX`
 /// - `v4 FROM > TO`, with `ttl=`, `id=`, `options=HEX`, `fragment=HEX` (flags and offset; 4000 if absent), and
 ///   `version=`, `ihl=`, `length=` to say something untrue
 /// - `v6 FROM > TO`, with `hops=`, `label=`, `version=`, `length=`; `hop` and `fragment OFFSET` are extension headers
@@ -132,7 +137,11 @@ impl Built {
         let mut layer = Layer::new(text);
         match layer.kind {
             "eth" => {
-                let mut header = hex("02 00 00 00 00 01  02 00 00 00 00 02");
+                let mut header = match layer.words.pop() {
+                    None => hex("02 00 00 00 00 01  02 00 00 00 00 02"),
+                    Some("on") => [NEIGHBOUR, OWN].concat(),
+                    Some(other) => panic!("eth {other}"),
+                };
                 header.extend(self.names.to_be_bytes());
                 self.put(&header, 0);
             }

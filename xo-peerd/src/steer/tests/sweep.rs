@@ -77,10 +77,10 @@ fn a_truncated_frame_passes_at_every_length() {
 }
 
 /// xorshift64: the same numbers each time.
-struct Numbers(u64);
+pub(super) struct Numbers(pub(super) u64);
 
 impl Numbers {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -88,7 +88,7 @@ impl Numbers {
     }
 
     /// All zeroes and all ones, which one's complement arithmetic may confuse, are frequent.
-    fn word(&mut self) -> u16 {
+    pub(super) fn word(&mut self) -> u16 {
         match self.next() % 8 {
             0 => 0,
             1 => 0xffff,
@@ -96,7 +96,7 @@ impl Numbers {
         }
     }
 
-    fn ip(&mut self, v6: bool) -> IpAddr {
+    pub(super) fn ip(&mut self, v6: bool) -> IpAddr {
         let words: [u16; 8] = std::array::from_fn(|_| self.word());
         if v6 {
             // Never a mapped one.
@@ -109,7 +109,7 @@ impl Numbers {
 }
 
 /// The two checksums, zeroed: there are two zeroes in one's complement, and both are right.
-fn without_checksums(frame: &[u8], v6: bool) -> Vec<u8> {
+pub(super) fn without_checksums(frame: &[u8], v6: bool) -> Vec<u8> {
     let mut frame = frame.to_vec();
     let sums: &[usize] = if v6 { &[70] } else { &[24, 50] };
     for at in sums {
@@ -119,7 +119,7 @@ fn without_checksums(frame: &[u8], v6: bool) -> Vec<u8> {
 }
 
 /// The same frame with a TCP checksum of zero: the window makes up for it.
-fn with_zero_checksum(text: &str, v6: bool) -> String {
+pub(super) fn with_zero_checksum(text: &str, v6: bool) -> String {
     let built = frame(&format!("{text} window=1"));
     let at = if v6 { 70 } else { 50 };
     let sum = u32::from(u16::from_be_bytes([built[at], built[at + 1]])) + 1;
@@ -229,7 +229,7 @@ fn checksums_of_errors_are_right_for_all_addresses() {
 }
 
 /// See [`without_checksums`].
-fn without_checksums_of_error(frame: &[u8], v6: bool, whole: bool) -> Vec<u8> {
+pub(super) fn without_checksums_of_error(frame: &[u8], v6: bool, whole: bool) -> Vec<u8> {
     let mut frame = frame.to_vec();
     let sums: &[usize] = if v6 { &[56, 118] } else { &[24, 36, 52, 78] };
     let (tcp, others) = sums.split_last().expect("sums");

@@ -32,6 +32,29 @@ impl Veth {
     }
 }
 
+/// Switches generic receive offload. With it a virtual interface polls (NAPI), and takes what its peer sends by XDP.
+pub(super) fn receive_offload(interface: &str, on: bool) {
+    /// `struct ethtool_value`, and the command that sets this one (linux/ethtool.h).
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    const ETHTOOL_SGRO: u32 = 0x2c;
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    let mut value = Value { command: ETHTOOL_SGRO, data: on.into() };
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    // SAFETY: an ifreq that points to what the command takes.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+    assert_eq!(done, 0, "{interface}: {}", io::Error::last_os_error());
+}
+
 /// Runs `ip`.
 pub(super) fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().expect("ip of iproute2");
@@ -112,6 +135,14 @@ impl<'f> Sender<'f> {
         };
         assert!(done, "{}", io::Error::last_os_error());
         Sender { socket, frame }
+    }
+
+    /// Sends one, from wherever the caller runs.
+    pub(super) fn send_one(&self) {
+        // SAFETY: pointer and length describe the frame.
+        let n =
+            unsafe { libc::send(self.socket.as_raw_fd(), self.frame.as_ptr().cast(), self.frame.len(), 0) };
+        assert_eq!(n, self.frame.len().cast_signed(), "{}", io::Error::last_os_error());
     }
 
     /// Sends so many, on one processor; how long it took.
