@@ -19,7 +19,7 @@ const UPLOAD: usize = 300_000;
 const LIMIT: Duration = Duration::from_secs(20);
 const CONNECTIONS: usize = 4;
 /// Of each connection: to t1, on to t2, and home. XO_ROUND_TRIPS sets another number.
-const ROUND_TRIPS: u64 = 25;
+const ROUND_TRIPS: u64 = 250;
 
 /// A rule of the daemon's, by its name.
 fn named(interface: u32, handle: u32, v6: bool) -> Rule {

@@ -168,6 +168,14 @@ pub(super) fn held(steer: &mut Steer) -> Vec<(HeldHeader, Vec<u8>)> {
     held
 }
 
+/// A flow redirected as it is when nothing of it is held any more: the mark of a first redirect is gone with a second one.
+pub(super) fn redirect_unordered(steer: &mut Steer, key: &FlowKey, flow_id: u64, to: SocketAddr) {
+    steer.hold(key, flow_id, 0).expect("an entry");
+    for _ in 0..2 {
+        steer.redirect(key, flow_id, (0, 1), to).expect("the flip");
+    }
+}
+
 /// A rewrite entry of hand-off `flow_id`, from its home.
 pub(super) fn owner(flow_id: u64) -> RewriteOwner {
     RewriteOwner { flow_id, peer: 0, handler: 0, home_id: flow_id, home_peer: 0, hop: 1 }

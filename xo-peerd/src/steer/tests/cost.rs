@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use aya::programs::{TestRun, TestRunOptions};
 
 use super::super::*;
-use super::bench::{Bench, INGRESS, owner};
+use super::bench::{Bench, INGRESS, owner, redirect_unordered};
 use super::frame::frame;
 use super::tap::alone;
 use super::veth::{Sender, Veth, receive_offload};
@@ -88,8 +88,7 @@ fn xdp() {
     };
     time(&mut bench, "unknown flow", 40001, REPEAT / 20);
     let same: SocketAddr = "10.2.0.2:80".parse().expect("an address");
-    bench.steer.hold(&key(), FLOW, 0).expect("an entry");
-    bench.steer.redirect(&key(), FLOW, (0, 1), same).expect("the flip");
+    redirect_unordered(&mut bench.steer, &key(), FLOW, same);
     time(&mut bench, "known flow: left to the ingress program", 40000, REPEAT / 20);
     bench.way(same.ip(), INGRESS, 1500, u64::MAX);
     time(&mut bench, "known flow: counted, rewritten and sent on", 40000, HOPS);
@@ -216,8 +215,7 @@ fn by_turns(mode: &str, wait: &dyn Fn(), done: &dyn Fn()) {
         veth.steer.attach_xdp(&["vb".into()]);
     }
     assert_eq!(veth.steer.mode(), mode);
-    veth.steer.hold(&key(), FLOW, 0).expect("an entry");
-    veth.steer.redirect(&key(), FLOW, (0, 1), target()).expect("the flip");
+    redirect_unordered(&mut veth.steer, &key(), FLOW, target());
     done();
     let path = if mode == "tcx" { Path::Redirected } else { Path::XdpRedirected };
     for length in [64, 1500] {

@@ -8,7 +8,7 @@ use xo_bpf_abi::{FLAG_CLIENT_FIN, FLAG_CLIENT_RST, FLAG_PASS, FLAG_RULE};
 use xo_proto::packet::segments;
 
 use super::super::*;
-use super::bench::{Bench, Hook, INGRESS, Verdict, owner};
+use super::bench::{Bench, Hook, INGRESS, Verdict, owner, redirect_unordered};
 use super::frame::frame;
 use crate::clock::now_ns;
 
@@ -168,11 +168,8 @@ fn enter(steer: &mut Steer, flow: &str) -> FlowKey {
     match words.get(2) {
         Some(&"hold") => steer.hold(&key, FLOW, 0),
         Some(&"to") => {
-            // Twice: nothing has been held, so the fast path need not be told by a first packet.
-            steer
-                .hold(&key, FLOW, 0)
-                .and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
-                .and_then(|()| steer.redirect(&key, FLOW, (0, 1), address(3)))
+            redirect_unordered(steer, &key, FLOW, address(3));
+            Ok(())
         }
         Some(&"deliver") => steer.deliver(&key, FLOW, 0, address(3)),
         Some(&"from") => steer.rewrite(&key, &owner(FLOW), address(3)),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use xo_bpf_abi::{FLAG_PASS, FLAG_RULE};
 
 use super::super::*;
-use super::bench::{Bench, Hook, INGRESS, Verdict, paths};
+use super::bench::{Bench, Hook, INGRESS, Verdict, paths, redirect_unordered};
 use super::frame::{NEIGHBOUR, OWN, frame, left_to_nic, valid};
 use super::sweep::{Numbers, with_zero_checksum, without_checksums};
 use super::tap::{Tap, alone};
@@ -27,8 +27,22 @@ fn v4() -> FlowKey {
 }
 
 fn redirect(steer: &mut Steer, key: &FlowKey, to: SocketAddr) {
-    steer.hold(key, FLOW, 0).expect("an entry");
-    steer.redirect(key, FLOW, (0, 1), to).expect("the flip");
+    redirect_unordered(steer, key, FLOW, to);
+}
+
+/// Until the ingress program has seen that nothing is held any more.
+#[test]
+fn a_flow_that_was_held_is_left_to_the_ingress_program_at_first() {
+    let mut bench = Bench::new();
+    let to = socket("10.3.0.2:8080");
+    bench.steer.hold(&v4(), FLOW, 0).expect("an entry");
+    bench.steer.redirect(&v4(), FLOW, (0, 1), to).expect("the flip");
+    bench.way(to.ip(), INGRESS, 1500, FOR_EVER);
+    let sent = frame("eth | v4 192.0.2.7 > 10.2.0.2 | tcp 40000 > 80 A");
+    assert_eq!(bench.run(Hook::Xdp, &sent).0, Verdict::Pass);
+    assert_eq!(bench.run(Hook::Ingress, &sent).0, Verdict::Redirect);
+    assert_eq!(bench.run(Hook::Xdp, &sent).0, Verdict::Back);
+    assert_eq!(bench.paths(), [("redirected", 1), ("xdp_redirected", 1), ("xdp_left", 1)]);
 }
 
 #[test]
