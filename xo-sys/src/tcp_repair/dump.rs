@@ -131,11 +131,7 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
 
     set(fd, libc::TCP_REPAIR_QUEUE, SEND_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
     let snd_seq = get_u32(fd, libc::TCP_QUEUE_SEQ).step("TCP_QUEUE_SEQ", failed)?;
-    let mut sent =
-        if outstanding == 0 { Vec::new() } else { peek(fd, outstanding).step("send queue", failed)? };
-    if sent.len() != outstanding {
-        return Err(RepairError::state("send queue", Reason::StateMoved));
-    }
+    let mut sent = if outstanding == 0 { Vec::new() } else { send_queue(fd, outstanding)? };
     let unsent = sent.split_off(outstanding - unsent);
 
     set(fd, libc::TCP_REPAIR_QUEUE, RECV_QUEUE).step("TCP_REPAIR_QUEUE", failed)?;
@@ -245,16 +241,44 @@ fn count(fd: RawFd, request: i32) -> io::Result<usize> {
     Ok(n.max(0) as usize)
 }
 
+/// What has not been acknowledged: the last bytes of the selected send queue. The queue may begin earlier: a segment stays in it until
+/// all of it has been acknowledged, and a restored socket has what several carried in one.
+fn send_queue(fd: RawFd, outstanding: usize) -> Result<Vec<u8>, RepairError> {
+    let moved = || RepairError::state("send queue", Reason::StateMoved);
+    let mut room = outstanding;
+    // What is in the queue only gets less.
+    for _ in 0..2 {
+        let (mut bytes, there) = peek_at_most(fd, room).step("send queue", Reason::DumpFailed)?;
+        if there > bytes.len() {
+            room = there;
+            continue;
+        }
+        let first = there.checked_sub(outstanding).ok_or_else(moved)?;
+        if count(fd, libc::TIOCOUTQ as i32).step("SIOCOUTQ", Reason::DumpFailed)? != outstanding {
+            return Err(moved());
+        }
+        return Ok(bytes.split_off(first));
+    }
+    Err(moved())
+}
+
 /// Reads up to `expected` + 1 bytes of the selected queue and leaves them there.
 pub(super) fn peek(fd: RawFd, expected: usize) -> io::Result<Vec<u8>> {
+    peek_at_most(fd, expected).map(|(bytes, _)| bytes)
+}
+
+/// As [`peek`], with how many there are; of a receive queue at most `expected` + 1, of a send queue all (`tcp_peek_sndq`,
+/// net/ipv4/tcp.c).
+fn peek_at_most(fd: RawFd, expected: usize) -> io::Result<(Vec<u8>, usize)> {
     let mut bytes = vec![0; expected + 1];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: pointer and length describe `bytes`.
     let n = sys!(libc::SYS_recvfrom, fd, bytes.as_mut_ptr(), bytes.len(), flags, 0, 0);
-    match n {
-        Ok(n) => bytes.truncate(n),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock && expected == 0 => bytes.clear(),
+    let there = match n {
+        Ok(n) => n,
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock && expected == 0 => 0,
         Err(e) => return Err(e),
-    }
-    Ok(bytes)
+    };
+    bytes.truncate(there);
+    Ok((bytes, there))
 }
