@@ -440,16 +440,18 @@ fn what_comes_with_redis_works() {
         }
     }
     // MSET of ten keys at a time stays where the connection is; all others are where they belong.
+    let mut strays = Vec::new();
     let settled = wait_for(Duration::from_secs(5), || {
-        let strays = nodes.iter().flat_map(|node| {
-            let keys = held(&bed, node);
-            keys.into_iter()
-                .filter(|k| holder(&nodes, k) != node && !k.starts_with(b"key:"))
-                .collect::<Vec<_>>()
-        });
-        strays.count() == 0
+        strays.clear();
+        for node in &nodes {
+            let its = held(&bed, node).into_iter();
+            let its = its.filter(|k| holder(&nodes, k) != node && !k.starts_with(b"key:"));
+            strays.extend(its.map(|k| format!("{} at {node}", String::from_utf8_lossy(&k))));
+        }
+        strays.is_empty()
     });
-    assert!(settled, "keys are where they do not belong");
+    let refused = || nodes.iter().map(|n| bed.try_status(n).map(|s| s["refused_by_reason"].clone()));
+    assert!(settled, "{strays:?}: {:?}", refused().collect::<Vec<_>>());
     assert!(counted(&bed, "cross_slot") > 0);
     println!("{} moves", moves(&bed));
     assert_no_trouble(&bed, &before);
