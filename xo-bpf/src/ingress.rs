@@ -99,10 +99,17 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         add(&raw mut entry.bytes, length.into());
         entry.last_ns = now_ns;
     }
-    if entry.action == Action::Hold as u32 || queues(entry, now_ns) {
-        let kept = hold(ctx, packet, entry.flow_id, length);
-        count(if kept { Path::Held } else { Path::HoldDropped });
-        return TC_ACT_SHOT;
+    let has_no_place = entry.action == Action::Hold as u32;
+    if has_no_place || queues(entry, now_ns) {
+        if hold(ctx, packet, entry.flow_id, length) {
+            count(Path::Held);
+            return TC_ACT_SHOT;
+        }
+        if has_no_place {
+            count(Path::HoldDropped);
+            return TC_ACT_SHOT;
+        }
+        // No room to queue: better out of order than lost.
     }
     let (to, port) = (entry.to_addr, entry.to_port);
     let away = entry.action == Action::Redirect as u32;

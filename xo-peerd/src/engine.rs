@@ -117,7 +117,7 @@ pub(crate) struct Engine {
     pub(crate) mtu: usize,
     pub(crate) libraries: Slab<Library>,
     pub(crate) peers: Slab<Peer>,
-    /// Peers for which messages are queued until the end of this turn.
+    /// Peers for which messages are queued until the end of this turn, or a moment longer.
     pub(crate) unflushed: Unflushed,
     pub(crate) dials: HashMap<String, Dial>,
     /// How long each node's messages are under way, by name and boot. Not by channel: on a new one all may be late alike.

@@ -48,15 +48,6 @@ fn filters(bed: &Bed) -> Vec<String> {
     shown.lines().filter(|line| line.contains("handle")).map(str::to_owned).collect()
 }
 
-/// No packet came to a dead end: nobody has reset anything, but for what the targets say of connections that have left.
-fn no_reset(bed: &Bed, before: &Counters) {
-    let counted = Counters::of(bed).since(before);
-    let muted: u64 = bed.servers().iter().map(|n| bed.status(n, "/steering/packets/muted")).sum();
-    println!("muted resets: {muted}; {}", counted.troubles());
-    assert_eq!(counted.get_on("client", "EstabResets"), 0, "{}", counted.troubles());
-    assert!(counted.resets() <= i64::try_from(muted).expect("a few"), "{}", counted.troubles());
-}
-
 /// Asks until a node answers. All have everything: a machine as slow as an emulated one may refuse a move, and serves where it is.
 fn goes_to(c: &mut Connection, place: &str) {
     let path = format!("/img/{place}/1k");
@@ -102,7 +93,7 @@ fn a_rule_carries_and_goes(bed: &Bed, channel: &mut Channel, (interface, handle)
     assert!(channel.packets(&rule).is_err(), "the connection is home, the rule is there still");
     c.put("/up/host/upload", &content::of("/up/host/upload", UPLOAD)).expect("an upload");
     assert_eq!(c.get("/img/host/1k").expect("a response").node(), "host");
-    no_reset(bed, &before);
+    Counters::of(bed).since(&before).no_reset(bed);
 }
 
 /// To and fro; in each place for some requests, so that rules are met at every stage. How often the first of them was answered elsewhere.
@@ -158,7 +149,8 @@ fn the_kernels_rules_carry_moved_connections_until_they_come_home() {
     let status = bed.try_status("host").expect("a status");
     let (all, took) = (CONNECTIONS * rounds, begun.elapsed());
     println!("{all} round trips in {took:.1?}, {elsewhere} moves refused: {}", status["steering"]);
-    no_reset(&bed, &before);
+    // No packet came to a dead end.
+    Counters::of(&bed).since(&before).no_reset(&bed);
     let count = |name: &str| status["steering"][name].as_u64().expect("a count");
     assert!(count("rules_inserted") >= (CONNECTIONS * rounds / 4) as u64, "{}", status["steering"]);
     assert_eq!((count("rules"), count("rules_refused"), count("queue_depth")), (0, 0, 0));

@@ -117,6 +117,27 @@ fn a_flow_is_redirected_once_what_was_held_has_gone() {
     assert_eq!(run(&mut bench, 40001), Verdict::Redirect);
 }
 
+/// Others may have filled the ring.
+#[test]
+fn a_redirected_flow_that_has_no_room_to_queue_goes_its_way() {
+    let mut bench = Bench::with(4, 4096);
+    let sent = |port: u16| frame(&format!("eth | v4 192.0.2.7 > 10.2.0.2 | tcp {port} > 80 PA | fill 900"));
+    for port in [40000, 40001] {
+        bench.steer.hold(&key(port), port.into(), 0).expect("an entry");
+    }
+    for _ in 0..5 {
+        assert_eq!(bench.run(Hook::Ingress, &sent(40001)).0, Verdict::Drop);
+    }
+    assert!(bench.paths().iter().any(|(path, n)| *path == "hold_dropped" && *n > 0), "{:?}", bench.paths());
+    bench.steer.redirect(&key(40000), 40000, (0, 1), target()).expect("the flip");
+    assert_eq!(bench.run(Hook::Ingress, &sent(40000)).0, Verdict::Redirect);
+    assert_ne!(
+        bench.steer.flow(&key(40000)).expect("an entry").ordered_until_ns,
+        0,
+        "there is room again soon"
+    );
+}
+
 #[test]
 fn an_entry_has_one_owner() {
     let mut steer = Bench::new().steer;
