@@ -156,7 +156,8 @@ impl Default for Handoff {
             timeout: Duration::from_millis(100),
             connect_timeout: Duration::from_millis(500),
             spin: Duration::from_micros(250),
-            carry: 256,
+            // 6 MB: no client with Linux's own tcp_rmem lets more be on the way.
+            carry: 4096,
         }
     }
 }

@@ -89,7 +89,7 @@ fn window(bed: &Bed, node: &str) -> u32 {
 /// What a connection has learnt about its path goes with it, up to the limit; without that it begins like a new one.
 #[test]
 fn the_congestion_window_goes_with_the_connection() {
-    for (limits, limit) in [("", 256), ("max_cwnd = 20", 20), ("carry_cwnd = false", 10)] {
+    for (limits, limit) in [("", 4096), ("max_cwnd = 20", 20), ("carry_cwnd = false", 10)] {
         let bed = Bed::up(1, 1);
         for node in ["host", "t1"] {
             // Its window does not depend on how fast this machine is at the moment.

@@ -73,7 +73,7 @@ fn what_is_not_said_has_its_default() {
     assert!(c.interfaces.is_empty() && c.addresses.is_empty() && c.users.is_empty() && c.handlers.is_empty());
     assert_eq!(c.handoff.timeout, Duration::from_millis(100));
     assert_eq!(c.handoff.connect_timeout, Duration::from_millis(500));
-    assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(250), 256));
+    assert_eq!((c.handoff.spin, c.handoff.carry), (Duration::from_micros(250), 4096));
     assert_eq!((c.steering.max_flows, c.steering.hold_bytes), (65_536, 4_194_304));
 }
 
