@@ -132,7 +132,7 @@ pub(crate) struct Handoff {
     pub(crate) timeout: Duration,
     /// For a connection to a target that is not connected yet.
     pub(crate) connect_timeout: Duration,
-    /// Busy polling after a message while a hand-off is under way.
+    /// Busy polling after each step of a hand-off (`spin.rs`).
     pub(crate) spin: Duration,
     /// Largest congestion window with which a connection that comes here begins, segments; 0: that of a new connection.
     pub(crate) carry: u16,

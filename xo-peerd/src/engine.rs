@@ -44,6 +44,7 @@ use crate::recent::Recent;
 use crate::records::RecordLayers;
 use crate::reload::PolicyFile;
 use crate::restore::Entry;
+use crate::spin::Spin;
 use crate::state::State;
 use crate::steer::Steer;
 use crate::target::Served;
@@ -146,8 +147,8 @@ pub(crate) struct Engine {
     pub(crate) spare: SpareSockets,
     pub(crate) next_id: HandoffId,
     serials: u64,
-    /// Hand-offs whose next message is due at once: busy polling pays.
-    pub(crate) in_flight: usize,
+    /// A hand-off has got further in this turn of the loop: the next message is due at once.
+    pub(crate) got_further: bool,
     pub(crate) embedded: bool,
     /// Counters of processes that are gone.
     pub(crate) past_counters: [u64; COUNTERS],
@@ -260,7 +261,7 @@ impl Engine {
             spare: SpareSockets::default(),
             next_id: parts.first_id,
             serials: 0,
-            in_flight: 0,
+            got_further: false,
             embedded: parts.embedded,
             past_counters: [0; COUNTERS],
             timers: Timers::default(),
@@ -281,14 +282,18 @@ impl Engine {
     /// Runs until SIGTERM or SIGINT, or until an embedded daemon has nobody left to serve.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
-        let mut busy_until = Instant::now();
+        let mut spin = Spin::new(self.config.handoff.spin, Instant::now());
         self.publish_draining();
         self.publish_policy();
         self.recover();
         self.dial_targets();
         self.at(Instant::now() + TICK, Timer::Tick);
         while !self.may_stop() {
-            let spinning = self.in_flight > 0 && Instant::now() < busy_until;
+            let now = Instant::now();
+            let spinning = spin.wanted(now);
+            if !spinning {
+                self.refill();
+            }
             let next = [self.timers.until_next(), self.unflushed.until_next()].into_iter().flatten().min();
             let timeout = if spinning { Some(Duration::ZERO) } else { next };
             match self.poll.poll(&mut events, timeout) {
@@ -296,25 +301,30 @@ impl Engine {
                 other => other?,
             }
             if events.is_empty() && spinning {
-                // Others on this core (the peer, perhaps, in a test bed) go first.
+                self.refill();
                 std::thread::yield_now();
+                spin.offered(now, Instant::now());
                 continue;
             }
             for event in &events {
                 self.dispatch(event);
             }
-            if !events.is_empty() {
-                busy_until = Instant::now() + self.config.handoff.spin;
-            }
             self.run_timers();
             self.flush_peers(false);
-            if self.in_flight == 0 && self.peer_listener.is_some() {
-                self.spare.refill(SPARE_SOCKETS);
+            if std::mem::take(&mut self.got_further) {
+                spin.busy(Instant::now());
             }
         }
         self.leave();
         self.flush_peers(true);
         Ok(())
+    }
+
+    /// Sockets for connections to come, made while nobody waits.
+    fn refill(&mut self) {
+        if self.peer_listener.is_some() {
+            self.spare.refill(SPARE_SOCKETS);
+        }
     }
 
     /// A number that no earlier process on a library's socket has had.

@@ -423,16 +423,9 @@ impl Engine {
         let mut actions = Vec::with_capacity(4);
         while let Some(event) = next.take() {
             let Some(flow) = self.hosted.get_mut(&id) else { return };
-            // In the early order nobody waits for the answer.
-            let waits = |f: &HostFlow| f.state() == HostState::Begun && !f.machine.early();
-            let before = waits(flow);
             flow.machine.on(&event, &mut actions);
             log::trace!("{} {id:x}: {event:?}: {:?}", flow.client, flow.state());
-            match (before, waits(flow)) {
-                (false, true) => self.in_flight += 1,
-                (true, false) => self.in_flight -= 1,
-                _ => {}
-            }
+            self.got_further = true;
             for action in actions.drain(..) {
                 next = self.host_action(id, action);
                 if next.is_some() {

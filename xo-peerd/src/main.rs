@@ -28,6 +28,7 @@ mod recover;
 mod relay;
 mod reload;
 mod restore;
+mod spin;
 mod state;
 mod status;
 mod steer;

@@ -320,12 +320,9 @@ impl Engine {
         let mut actions = Vec::with_capacity(4);
         while let Some(event) = next.take() {
             let Some(served) = self.served.get_mut(key) else { return };
-            let before = served.state();
             served.machine.on(&event, &mut actions);
             log::trace!("{} {} {:x}: {event:?}: {:?}", served.client, key.0, key.1, served.state());
-            if (before == TargetState::Ready) != (served.state() == TargetState::Ready) {
-                if before == TargetState::Ready { self.in_flight -= 1 } else { self.in_flight += 1 }
-            }
+            self.got_further = true;
             for action in actions.drain(..) {
                 next = self.target_action(key, action);
                 if next.is_some() {
