@@ -13,6 +13,11 @@ const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
 
 impl Served {
+    /// A connection from elsewhere that a handler has.
+    pub(crate) fn is_guest(&self) -> bool {
+        self.state() == TargetState::Served && !self.origin.here && !self.over
+    }
+
     /// Looks from now on whether the kernel still knows it: nobody will say when it is closed.
     pub(crate) fn watch(&mut self) {
         self.ending = Some((Instant::now(), LONGEST_LOOK));
@@ -22,10 +27,9 @@ impl Served {
 impl Engine {
     /// Starts to look whether the kernel has forgotten the connection.
     pub(crate) fn expect_end(&mut self, key: &ServedKey) {
-        if let Some(served) = self.served.get_mut(key)
-            && served.ending.is_none()
-        {
-            served.ending = Some((Instant::now(), FIRST_LOOK));
+        if let Some(served) = self.served.get_mut(key) {
+            served.over = true;
+            served.ending.get_or_insert_with(|| (Instant::now(), FIRST_LOOK));
         }
     }
 
@@ -39,8 +43,11 @@ impl Engine {
             if served.state() != TargetState::Served || served.origin.here {
                 continue;
             }
-            if served.ending.is_none() && served.place.closed(&self.libraries) {
-                served.ending = Some((now, FIRST_LOOK));
+            if served.place.closed(&self.libraries) {
+                // The process has room for another one.
+                std::mem::replace(&mut served.place, Place::None).free(&mut self.libraries);
+                served.over = true;
+                served.ending.get_or_insert((now, FIRST_LOOK));
             }
             let Some((when, pause)) = served.ending else { continue };
             if now < when {

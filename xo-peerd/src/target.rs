@@ -73,6 +73,8 @@ pub(crate) struct Served {
     pub(crate) entry: Option<Entry>,
     /// Who has it.
     pub(crate) place: Place,
+    /// Its handler has done with it; the kernel may know it for another minute (TIME-WAIT).
+    pub(crate) over: bool,
     /// When it is looked next whether the kernel has forgotten it, and the pause after that.
     pub(crate) ending: Option<(Instant, Duration)>,
     pub(crate) ready: Option<TargetReady>,
@@ -121,6 +123,7 @@ impl Served {
             host,
             entry: None,
             place: Place::None,
+            over: false,
             ending: None,
             ready: None,
             begun_ns: 0,

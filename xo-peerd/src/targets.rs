@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use xo_proto::board::{AVOIDED, DOWN, UP, handler_id, node_id};
-use xo_proto::handoff::TargetState;
 use xo_proto::policy::{Policy, suggestion};
 use xo_proto::reason::Reason;
 use xo_proto::wire::{HandlerLoad, Load, PeerMessage};
@@ -272,7 +271,7 @@ impl Engine {
     /// Tells the peers, and the board, how busy this machine is.
     pub(crate) fn report(&mut self, now: Instant) {
         self.targets.reported = now;
-        let guests = || self.served.values().filter(|s| s.state() == TargetState::Served && !s.origin.here);
+        let guests = || self.served.values().filter(|s| s.is_guest());
         let followed = self.libraries.iter().filter_map(|(_, l)| l.slots.as_ref()).map(|s| s.followed());
         let connections = (guests().count() as u32).saturating_add(followed.fold(0, u32::saturating_add));
         let cpu_permille = self.targets.cpu.permille(now);

@@ -191,3 +191,25 @@ fn more_moved_connections_than_a_process_can_hold() {
     let none_left = || servers[1].descriptors() + daemons[1].descriptors() == before;
     assert!(wait_for(Duration::from_secs(10), none_left), "{before} before");
 }
+
+/// The kernel knows a connection that its server has closed first for another minute. The process has room for others meanwhile.
+#[test]
+fn more_closed_connections_than_a_process_can_hold() {
+    let (bed, _daemons, _servers) = roomy();
+    let nodes = bed.on("client", || {
+        let get = |_| {
+            let mut c = Connection::to(&address("host"), 80).expect("connect");
+            c.send(b"GET /img/1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("a request");
+            let node = c.response(false).expect("a response").node().to_owned();
+            assert!(c.rest().expect("the end").is_empty());
+            node
+        };
+        (0..SLOTS + SURPLUS).map(get).collect::<Vec<_>>()
+    });
+    let elsewhere = nodes.iter().filter(|n| *n != "t1").count();
+    assert_eq!(elsewhere, 0, "{:?}", bed.try_status("host"));
+    let known = bed.status("t1", "/flows_served");
+    println!("{known} of {} are known yet", nodes.len());
+    let in_service = || bed.status("host", "/targets/0/serves");
+    assert!(wait_for(Duration::from_secs(5), || in_service() == 0), "{} are in service", in_service());
+}
