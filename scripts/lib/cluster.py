@@ -61,6 +61,8 @@ class Bed:
         self.nodes = ["host"] + [f"t{i}" for i in range(1, targets + 1)]
         self.targets = self.nodes[1:]
         self.tls = tls
+        # Lines of the daemons' [limits].
+        self.limits = ""
         self.programs = []
         # The last program of each name.
         self.named = {}
@@ -208,6 +210,7 @@ class Bed:
             + ("" if self.tls else "insecure = true\n")
             + (security if self.tls else "")
             + '[[handler]]\nname = "web"\nmode = "attach"\nport = 80\n'
+            + f"[limits]\n{self.limits}\n"
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])
         self.wait(f"xo-peerd on {node}", f"{node}-peerd", program, lambda: self.status(node) is not None)

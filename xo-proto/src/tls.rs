@@ -11,6 +11,8 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use zeroize::Zeroize;
 
+#[cfg(test)]
+mod cost;
 mod incoming;
 mod keylog;
 mod keys;

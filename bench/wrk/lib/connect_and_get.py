@@ -1,9 +1,10 @@
-"""Opens connections one after the other and asks for these on each: COUNT HOST PATH...
+"""Opens connections one after the other and asks for these on each: COUNT http|https HOST PATH...
 
 Prints the nodes that answered, one line a connection.
 """
 
 import socket
+import ssl
 import sys
 
 BUFFER = 1 << 18
@@ -30,11 +31,14 @@ def request(connection, path):
 
 
 def main():
-    count, host, paths = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    count, scheme, host, paths = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
+    # The servers' certificate is made anew for each run.
+    context = ssl._create_unverified_context() if scheme == "https" else None
     for _ in range(count):
-        with socket.create_connection((host, 80), timeout=10) as connection:
+        with socket.create_connection((host, 443 if context else 80), timeout=10) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            print(*[request(connection, path) for path in paths])
+            with context.wrap_socket(connection) if context else connection as channel:
+                print(*[request(channel, path) for path in paths])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import os
 import re
 import statistics
 import subprocess
+import typing
 
 import cluster
 import handoff_cost
+import serving
 
 # Steps of `xo-peerd status`, what they are, and the paper's Table 3 (microseconds) where it has the step.
 STEPS = [
@@ -25,8 +27,32 @@ STEPS = [
     ("ready", "HOST_READY to the handler", 110),
 ]
 PAPER_TOTAL_US = 541
-# Order, and whether the peer channel is encrypted.
-SYSTEMS = [("early", False), ("strict", False), ("early", True)]
+
+
+class System(typing.NamedTuple):
+    """What is measured."""
+
+    mode: str
+    # Whether the peer channel is encrypted, and the client's connection.
+    peer_tls: bool = False
+    tls: bool = False
+    # The daemons poll, as by default.
+    polls: bool = True
+
+    def title(self):
+        """Its column's head."""
+        said = [(self.polls, "no polling"), (not self.peer_tls, "TLS between daemons"), (not self.tls, "HTTPS")]
+        return ", ".join([self.mode, *(text for usual, text in said if not usual)])
+
+
+SYSTEMS = [
+    System("early"),
+    System("early", polls=False),
+    System("strict"),
+    System("early", peer_tls=True),
+    # Secrets go by an encrypted channel only.
+    System("early", peer_tls=True, tls=True),
+]
 # Kind: who hands over, where its status has the times, and what a connection asks for before: each prefix is a node's.
 KINDS = {
     "outbound": ("host", "handoff_us", ["/t1/"]),
@@ -48,13 +74,13 @@ def write_files(bed):
         (bed.directory / "www" / prefix.strip("/")).symlink_to("img")
         to = "local" if node == "host" else node
         rules += f'[[rule]]\npath_prefix = "{prefix}"\nto = ["{to}"]\nhandler = "web"\n'
-    (bed.directory / "policy.toml").write_text(f"listen = [80]\n[targets]\n{targets}{rules}")
+    (bed.directory / "policy.toml").write_text(f"listen = [80, 443]\n[targets]\n{targets}{rules}")
 
 
-def ask(bed, count, prefixes):
+def ask(bed, count, prefixes, scheme="http"):
     """So many connections, one after the other, each with one request for each of these; checks who answered."""
     paths = [f"{prefix}1k" for prefix in prefixes]
-    client = ["python3", cluster.ROOT / "bench/wrk/lib/connect_and_get.py", count, cluster.address("host"), *paths]
+    client = ["python3", cluster.ROOT / "bench/wrk/lib/connect_and_get.py", count, scheme, cluster.address("host"), *paths]
     expected = " ".join(NODE_OF[prefix] for prefix in prefixes)
     lines = bed.run("client", client).splitlines()
     if len(lines) != count or any(line != expected for line in lines):
@@ -62,21 +88,24 @@ def ask(bed, count, prefixes):
         cluster.die(f"{' '.join(paths)}: answered by {wrong}, not by {expected}: {bed.status('host')}")
 
 
-def one_round(mode, tls, count, cost):
-    """Hands `count` connections of each kind over: times by kind; and, with `cost`, what it costs."""
-    with cluster.Bed(2, tls=tls) as bed:
+def one_round(system, count):
+    """Hands `count` connections of each kind over: times by kind; and, where the peer channel is plain, what it costs."""
+    with cluster.Bed(2, tls=system.peer_tls) as bed:
         write_files(bed)
-        bed.everything(order=mode)
+        serving.write_certificate(bed)
+        bed.limits = "" if system.polls else "spin_us = 0"
+        bed.everything(order=system.mode, at_host=serving.https_of(bed))
+        scheme = "https" if system.tls else "http"
         # Each bed warms up: channels, caches, spare sockets.
-        ask(bed, 20, ["/t1/", "/t2/", "/home/"])
+        ask(bed, 20, ["/t1/", "/t2/", "/home/"], scheme)
         times = {}
         for kind, (node, key, prefixes) in KINDS.items():
             already = bed.status(node)[key]["samples"]
-            ask(bed, count, prefixes)
+            ask(bed, count, prefixes, scheme)
             times[kind] = bed.status(node)[key]
             if times[kind]["samples"] < already + count:
                 cluster.die(f"{kind}: not all of {count} moved: {bed.status(node)['refused_by_reason']}")
-        return times, handoff_cost.measure(bed, count, ask) if cost else None
+        return times, None if system.peer_tls else handoff_cost.measure(bed, count, ask)
 
 
 def probe_round(directory, count, prefix=()):
@@ -99,7 +128,7 @@ def middle(values):
 
 
 def run(quick):
-    """Rows, one for each kind, order and kind of peer channel."""
+    """Rows, one for each kind and system."""
     rounds, count = (1, 300) if quick else (7, 800)
     directory = os.environ.get("XO_PROBE")
     measured = {system: [] for system in SYSTEMS}
@@ -109,7 +138,7 @@ def run(quick):
         if directory and number % 2 == 0:
             probes.append(probe_round(directory, count))
         for system in order:
-            measured[system].append(one_round(*system, count, cost=not system[1]))
+            measured[system].append(one_round(system, count))
         if directory and number % 2 == 1:
             probes.append(probe_round(directory, count))
         if directory:
@@ -117,14 +146,15 @@ def run(quick):
         print(f"handoff: round {number + 1} of {rounds}", flush=True)
     rows = []
     for kind in KINDS:
-        for (mode, tls), results in measured.items():
+        for system, results in measured.items():
             times = [times[kind] for times, _ in results]
             row = {
                 "part": "handoff",
                 "kind": kind,
-                "mode": mode,
-                "tls": False,
-                "peer_channel": "tls" if tls else "plain",
+                "mode": system.mode,
+                "tls": system.tls,
+                "peer_channel": "tls" if system.peer_tls else "plain",
+                "polls": system.polls,
                 "connections": count * rounds,
                 "p50_us": middle(t["p50"] for t in times),
                 "p99_us": middle(t["p99"] for t in times),
@@ -134,7 +164,7 @@ def run(quick):
                 "probe_us_rounds": [round(p["total"], 1) for p in probes],
                 "probe_steps": {k: middle(p[k] for p in probes) for k in probes[0]} if probes else None,
             }
-            if not tls:
+            if not system.peer_tls:
                 row |= handoff_cost.row(kind, [cost for _, cost in results])
                 row["probe_per_s_one_core"] = round(1e6 / middle(p["total"] for p in pinned)) if pinned else None
             rows.append(row)
@@ -153,7 +183,7 @@ def table(rows):
     lines = []
     for kind in KINDS:
         its = [r for r in rows if r["kind"] == kind]
-        heads = [f"{r['mode']}, {r['peer_channel']}" for r in its]
+        heads = [System(r["mode"], r["peer_channel"] == "tls", r["tls"], r["polls"]).title() for r in its]
         lines += [
             f"## Hand-off: {kind}, microseconds\n",
             f"p50 of {its[0]['connections']} connections each, medians over rounds; the probe's are means.\n",
@@ -168,6 +198,6 @@ def table(rows):
         lines.append("| p99 | " + " | ".join(cell(r["p99_us"]) for r in its) + " | - | - |\n")
     lines.append(
         "Probe and paper hand over in one direction only, outbound. In the early order the next machine hands the socket over before it"
-        " answers, so the whole is less than the sum of the steps.\n"
+        " answers, so the whole is less than the sum of the steps. HTTPS: the client's connection has TLS 1.3, whose state goes with it.\n"
     )
     return "\n".join(lines) + "\n" + handoff_cost.table(rows)

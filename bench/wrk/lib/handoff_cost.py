@@ -91,15 +91,15 @@ def table(rows):
     lines = [
         "## Hand-off: what it costs\n",
         "Processor time of daemon and server on either side, microseconds, one connection at a time, the request itself not"
-        f" included ({its[0]['request_cpu_us']:.1f}); polling for the answer is (up to `limits.spin_us`). Beside it hand-offs per second"
+        f" included ({its[0]['request_cpu_us']:.1f}); where the daemons poll, that is (up to `limits.spin_us` after each step). Beside it hand-offs per second"
         " with all daemons and servers on one processor and the client (wrk) on the other, and all processor time for each,"
         " requests and, for outbound ones, new connections included. `inbound` alternates with outbound ones there. The probe's rate"
         " is that of its bare chain of steps on one processor.\n",
-        "| kind | order | sender | receiver | home | per second, one core | CPU each | probe, per second |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| kind | order | polling | sender | receiver | home | per second, one core | CPU each | probe, per second |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in its:
-        cells = [r["kind"], r["mode"], *(f"{r['cpu_us'][side]:.1f}" for side in ("sender", "receiver", "home"))]
+        cells = [r["kind"], r["mode"], "yes" if r["polls"] else "no", *(f"{r['cpu_us'][side]:.1f}" for side in ("sender", "receiver", "home"))]
         cells += [str(r["per_s_one_core"]), f"{r['cpu_us_under_load']:.1f}", str(r["probe_per_s_one_core"] or "-")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ import scaleout
 import sharded
 import steering
 import throughput
+import tls
 import withdrawal
 
 RESULTS = cluster.ROOT / "bench" / "wrk" / "results"
@@ -23,6 +24,7 @@ PARTS = {
     "throughput": throughput,
     "scaleout": scaleout,
     "handoff": handoff,
+    "tls": tls,
     "overhead": overhead,
     "steering": steering,
     "rebalance": rebalance,

@@ -12,6 +12,8 @@ import cluster
 PLAIN_PORT = 8080
 # The same servers, for connections that layer-4 balancing sends there: what they send from this port is rewritten.
 L4_TARGET_PORT = 8084
+# The same with HTTPS.
+TLS_PORT = 8446
 # Front ends on the host, plain and TLS.
 XO_PORTS = (80, 443)
 NGINX_PORTS = (8081, 8443)
@@ -69,10 +71,11 @@ def _nginx(bed, node, name, servers, workers):
     return bed.start(node, name, ["nginx", "-e", "stderr", "-c", config])
 
 
-def plain_targets(bed, workers=1):
-    """nginx on each target, as under the library, without it."""
+def plain_targets(bed, workers=1, tls=False):
+    """nginx on each target, as under the library, without it; with HTTPS, too, if there is a certificate."""
+    https = f"listen {TLS_PORT} ssl; {TLS_LINE.format(bed.directory)}" if tls else ""
     for node in bed.targets:
-        server = f"server {{ listen {PLAIN_PORT}; listen {L4_TARGET_PORT}; root {bed.directory}/www; add_header X-Node {node} always; }}"
+        server = f"server {{ listen {PLAIN_PORT}; listen {L4_TARGET_PORT}; {https} root {bed.directory}/www; add_header X-Node {node} always; }}"
         _nginx(bed, node, f"{node}-plain", server, workers)
         wait_port(bed, node, PLAIN_PORT, f"{node}-plain")
 

@@ -30,6 +30,7 @@ SYSTEMS = {
     ("xo", 1, False): ("host", 80, XO, True),
     ("xo", 20, False): ("host", 80, XO, True),
     ("xo", 40, False): ("host", 80, XO, True),
+    ("direct", 0, True): ("t1", serving.TLS_PORT, (), False),
     ("nginx", 0, True): ("host", serving.NGINX_PORTS[1], ("host-proxy",), False),
     ("haproxy", 0, True): ("host", serving.HAPROXY_PORTS[1], ("host-haproxy",), False),
     ("xo-tls", 0, True): ("host", 443, XO, True),
@@ -58,7 +59,7 @@ def raise_all(bed):
     l4.check_layout()
     l4.limit_ports(bed)
     bed.everything(at_host=serving.https_of(bed))
-    serving.plain_targets(bed)
+    serving.plain_targets(bed, tls=True)
     places = {f"/{node}/": ((node,), "") for node in bed.targets}
     serving.nginx_proxy(bed, places)
     serving.haproxy(bed, places)
@@ -150,7 +151,7 @@ def title(row):
     name = row["system"]
     if name.startswith("xo"):
         name += f", moves every {row['moves_every']}" if row["moves_every"] else ", stays"
-    return name + (" (TLS)" if row["tls"] and name in ("nginx", "haproxy") else "")
+    return name + (" (TLS)" if row["tls"] and not name.startswith("xo") else "")
 
 
 def size_text(size):
