@@ -9,7 +9,6 @@ import subprocess
 
 import cluster
 
-EXAMPLE = ["cargo", "build", "--release", "--locked", "-p", "xo-flower", "--example", "withdrawal"]
 # Table 2: what a rule takes to be put in and taken out, microseconds.
 NICS = {"ConnectX-5": (476, 404), "ConnectX-7": (2143, 1134), "Agilio": (68, 65)}
 # Flows that come in a second, as shares of what the NIC can put in and take out.
@@ -29,7 +28,6 @@ def measure(nic, mode, share, seconds):
 
 def run(quick):
     """A row for each NIC, way and rate."""
-    subprocess.run(EXAMPLE, cwd=cluster.ROOT, check=True)
     seconds, nics, shares = (1, list(NICS)[:1], SHARES[1::2]) if quick else (5, list(NICS), SHARES)
     every = [(nic, mode, share) for nic in nics for share in shares for mode in ("backlog", "queue")]
     return [measure(nic, mode, share, seconds) for nic, mode, share in every]
