@@ -322,7 +322,7 @@ impl Engine {
 
     /// Sockets for connections to come, made while nobody waits.
     fn refill(&mut self) {
-        if self.peer_listener.is_some() {
+        if self.peer_listener.is_some() && self.spawner.is_idle() {
             self.spare.refill(SPARE_SOCKETS);
         }
     }

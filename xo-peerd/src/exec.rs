@@ -65,6 +65,7 @@ impl Engine {
     /// Handler processes have started, or failed to.
     pub(crate) fn on_spawned(&mut self) {
         while let Some(Spawned { whose, result }) = self.spawner.done.pop() {
+            self.spawner.starting -= 1;
             let key = match whose {
                 Whose::Connection { node, id } => (Rc::from(node), id),
                 Whose::Worker { pool, post } => {
@@ -158,6 +159,8 @@ struct Spawned {
 pub(crate) struct Spawner {
     jobs: Sender<Job>,
     done: Arc<ArrayQueue<Spawned>>,
+    /// Processes whose outcome is not known.
+    starting: usize,
     _held: Option<Fd>,
 }
 
@@ -187,12 +190,19 @@ impl Spawner {
                 let _ = waker.wake();
             }
         })?;
-        Ok(Spawner { jobs, done, _held: held })
+        Ok(Spawner { jobs, done, starting: 0, _held: held })
     }
 
     /// Starts a process; its outcome comes to `on_spawned`.
-    pub(crate) fn start_process(&self, job: Job) -> io::Result<()> {
-        self.jobs.send(job).map_err(|_| io::Error::other("the thread that starts processes has ended"))
+    pub(crate) fn start_process(&mut self, job: Job) -> io::Result<()> {
+        self.jobs.send(job).map_err(|_| io::Error::other("the thread that starts processes has ended"))?;
+        self.starting += 1;
+        Ok(())
+    }
+
+    /// No process is being started: descriptors that have become free are nobody's.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.starting == 0
     }
 }
 
