@@ -69,7 +69,7 @@ pub struct TcpState {
     pub sack: bool,
     /// Timestamps, if negotiated.
     pub timestamps: Option<Timestamps>,
-    /// Congestion window, segments: see [`window_after_idle`]; 0: that of a new connection.
+    /// Congestion window, segments: see [`window_to_carry`]; 0: that of a new connection.
     pub snd_cwnd: u32,
     /// Windows, as `TCP_REPAIR_WINDOW` reports them.
     pub window: Window,
@@ -85,6 +85,20 @@ pub fn window_after_idle(window: u32, idle_us: u64, timeout_us: u32) -> u32 {
     let halvings = idle_us.saturating_sub(1) / u64::from(timeout_us.max(1));
     let halved = window.checked_shr(u32::try_from(halvings).unwrap_or(u32::MAX)).unwrap_or(0);
     halved.max(window.min(INITIAL_WINDOW))
+}
+
+/// A window that no path overflows by when it is sent at once, segments. Measured: on a path of 0.1 ms bursts of thousands of segments
+/// lost nine of them in a megabyte, those of 256 less than one.
+const BURST: u32 = 256;
+
+/// What a connection keeps of its congestion window when it moves: nothing paces the first flight afterwards, so no more than twice
+/// what has been on the way (the bandwidth-delay product), for beyond that the window tells of a queue. `rate`: what has been delivered,
+/// bytes a second; 0: not known. Windows in segments of `mss` bytes.
+#[must_use]
+pub fn window_to_carry(window: u32, rate: u64, round_trip_us: u32, mss: u32) -> u32 {
+    let bytes = u128::from(rate) * u128::from(round_trip_us) / 1_000_000;
+    let segments = 2 * bytes / u128::from(mss.max(1));
+    window.min(u32::try_from(segments).unwrap_or(u32::MAX).max(BURST))
 }
 
 /// The TCP timestamp clock (RFC 7323).
@@ -173,6 +187,26 @@ mod tests {
             assert_eq!(window_after_idle(window, idle_us, 200_000), expected, "{window} {idle_us}");
         }
         assert_eq!(window_after_idle(100, 5, 0), 10, "no timeout is known");
+    }
+
+    #[test]
+    fn a_window_that_moves_is_no_longer_than_the_path() {
+        for (window, rate, round_trip_us, expected) in [
+            // Short and fast; nothing is known; long.
+            (4000, 2_500_000_000, 60, 256),
+            (200, 2_500_000_000, 60, 200),
+            (4000, 0, 50_000, 256),
+            (4000, 40_000_000, 50_000, 2857),
+            (2000, 40_000_000, 50_000, 2000),
+            (u32::MAX, u64::MAX, u32::MAX, u32::MAX),
+        ] {
+            assert_eq!(
+                window_to_carry(window, rate, round_trip_us, 1400),
+                expected,
+                "{window} {rate} {round_trip_us}"
+            );
+        }
+        assert_eq!(window_to_carry(4000, 1000, 1_000_000, 0), 2000, "no segment size is known");
     }
 
     #[test]

@@ -208,6 +208,13 @@ struct TcpInfo {
     rcv_ssthresh: u32,
     _rtt_to_ssthresh: [u32; 3],
     snd_cwnd: u32,
+    _advmss_to_total_retrans: [u32; 5],
+    _pacing_rate_to_bytes_received: [u64; 4],
+    _segs_out_to_notsent: [u32; 3],
+    /// From here on zero where the kernel is older than 4.9.
+    min_rtt: u32,
+    _data_segs: [u32; 2],
+    delivery_rate: u64,
 }
 
 /// Offset of `tcpi_bytes_acked` in `struct tcp_info`: 8 bytes, 24 words, `tcpi_pacing_rate`, `tcpi_max_pacing_rate`.

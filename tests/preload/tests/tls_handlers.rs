@@ -166,7 +166,7 @@ fn new_keys_before_during_and_after_the_move() {
 fn ends_are_told_both_ways() {
     let stage = Stage::up(LIBRARY);
     let descriptors = stage.programs[1].descriptors();
-    for suite in SUITES {
+    for suite in THREE {
         let ends = stage.https.wire(suite, &format!("{HELPERS}{ENDS}"));
         let bad = "SSLError SSLV3_ALERT_BAD_RECORD_MAC";
         assert_eq!(ends, json!(["nothing", "nothing", bad, "nothing", "nothing", bad, CUT]), "{suite:?}");

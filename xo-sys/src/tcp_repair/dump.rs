@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
-use xo_proto::conn::{Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window, window_after_idle};
+use xo_proto::conn::{
+    Buffers, ConnRecord, SockOptions, TcpState, Timestamps, Window, window_after_idle, window_to_carry,
+};
 use xo_proto::reason::Reason;
 
 use super::{
@@ -153,7 +155,7 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
         wscale,
         sack: info.options & OPT_SACK != 0,
         timestamps,
-        snd_cwnd: window_after_idle(info.snd_cwnd, u64::from(info.last_data_sent) * 1000, info.rto),
+        snd_cwnd: window(info),
         window: Window {
             snd_wl1: w.snd_wl1,
             snd_wnd: w.snd_wnd,
@@ -162,6 +164,12 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
             rcv_wup: rcv_seq,
         },
     })
+}
+
+/// The congestion window to go on with.
+fn window(info: &TcpInfo) -> u32 {
+    let now = window_after_idle(info.snd_cwnd, u64::from(info.last_data_sent) * 1000, info.rto);
+    window_to_carry(now, info.delivery_rate, info.min_rtt, info.snd_mss)
 }
 
 /// The most that this socket may have offered when it is emptied, from RCV.NXT on: a delayed acknowledgement can
