@@ -185,7 +185,7 @@ def table(rows):
     lines = []
     for kind in KINDS:
         its = [r for r in rows if r["kind"] == kind]
-        heads = [System(r["mode"], r["peer_channel"] == "tls", r["tls"], r["polls"]).title() for r in its]
+        heads = [System(r["mode"], r["peer_channel"] == "tls", r["tls"], r.get("polls", True)).title() for r in its]
         lines += [
             f"## Hand-off: {kind}, microseconds\n",
             f"p50 of {its[0]['connections']} connections each, medians over rounds; the probe's are means.\n",

@@ -99,7 +99,7 @@ def table(rows):
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in its:
-        cells = [r["kind"], r["mode"], "yes" if r["polls"] else "no", *(f"{r['cpu_us'][side]:.1f}" for side in ("sender", "receiver", "home"))]
+        cells = [r["kind"], r["mode"], "yes" if r.get("polls", True) else "no", *(f"{r['cpu_us'][side]:.1f}" for side in ("sender", "receiver", "home"))]
         cells += [str(r["per_s_one_core"]), f"{r['cpu_us_under_load']:.1f}", str(r["probe_per_s_one_core"] or "-")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
