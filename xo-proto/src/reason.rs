@@ -98,7 +98,8 @@ pub enum Reason {
     /// The server's TLS is not OpenSSL's, of version 3.0 or later, or cannot be seen (statically linked, not through sockets); the
     /// connection is left alone for the rest of its life.
     TlsLibrary,
-    /// The version of TLS or the cipher suite cannot travel; the connection is left alone.
+    /// The version of TLS, the cipher suite, or a limit of records' length that the client has set (RFC 6066, 4) cannot travel; the
+    /// connection is left alone.
     TlsSuite,
     /// Another protocol than HTTP/1.1 was agreed on (HTTP/2 ...); the connection is left alone.
     TlsAlpn,

@@ -145,6 +145,12 @@ fn connections_that_stay_are_counted() {
     let got = https.client(443, Some(("TLSv1.2", "ECDHE-RSA-AES128-SHA256")), json!({ "steps": steps() }));
     assert_served(&got, 1);
     assert_eq!(https.counted("tls_suite"), 1, "{}", https.about());
+    // Short records only.
+    for (options, counted) in [("-tls1_2 -maxfraglen 512", 2), ("-tls1_3 -maxfraglen 1024", 3)] {
+        let mut client = Interactive::start(&https, options);
+        client.say("HEAD /img/1k HTTP/1.1\nHost: x\n\n", "X-Node: host");
+        assert_eq!(https.counted("tls_suite"), counted, "{options}: {}", https.about());
+    }
     // The server wants to know who the client is.
     let got = https.client(444, None, json!({ "steps": [["GET", "/img/64k"], ["GET", "/img/1"]] }));
     assert_served(&got, 1);

@@ -55,6 +55,7 @@ functions! {
     fn SSL_CTX_get_keylog_callback(Object) -> Keylog;
     fn SSL_CTX_set_ex_data(Object, c_int, *mut c_void) -> c_int;
     fn SSL_CTX_set_keylog_callback(Object, Keylog);
+    fn SSL_SESSION_get_max_fragment_length(Object) -> u8;
     fn SSL_get0_alpn_selected(Object, *mut *const c_uchar, *mut c_uint);
     fn SSL_get_SSL_CTX(Object) -> Object;
     fn SSL_get_client_random(Object, *mut c_uchar, usize) -> usize;
@@ -64,6 +65,7 @@ functions! {
     fn SSL_get_rbio(Object) -> Object;
     fn SSL_get_rfd(Object) -> c_int;
     fn SSL_get_server_random(Object, *mut c_uchar, usize) -> usize;
+    fn SSL_get_session(Object) -> Object;
     fn SSL_get_servername(Object, c_int) -> *const c_char;
     fn SSL_get_verify_mode(Object) -> c_int;
     fn SSL_get_wbio(Object) -> Object;

@@ -110,6 +110,11 @@ pub(super) fn agreed() -> Result<Option<Agreed>, Reason> {
         if (call.SSL_get_early_data_status)(ssl) != EARLY_DATA_NOT_SENT {
             return Err(Reason::TlsEarlyData);
         }
+        // The client takes shorter records only (RFC 6066, 4): a record layer elsewhere does not know.
+        let session = (call.SSL_get_session)(ssl);
+        if !session.is_null() && (call.SSL_SESSION_get_max_fragment_length)(session) != 0 {
+            return Err(Reason::TlsSuite);
+        }
         let (mut at, mut length): (*const c_uchar, c_uint) = (std::ptr::null(), 0);
         (call.SSL_get0_alpn_selected)(ssl, &raw mut at, &raw mut length);
         let alpn =
