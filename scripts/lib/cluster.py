@@ -210,7 +210,7 @@ class Bed:
             + ("" if self.tls else "insecure = true\n")
             + (security if self.tls else "")
             + '[[handler]]\nname = "web"\nmode = "attach"\nport = 80\n'
-            + f"[limits]\n{self.limits}\n"
+            + (f"[limits]\n{self.limits}\n" if self.limits else "")
         )
         program = self.start(node, f"{node}-peerd", [BUILD / "xo-peerd", "run", "--config", config])
         self.wait(f"xo-peerd on {node}", f"{node}-peerd", program, lambda: self.status(node) is not None)

@@ -87,13 +87,12 @@ pub fn window_after_idle(window: u32, idle_us: u64, timeout_us: u32) -> u32 {
     halved.max(window.min(INITIAL_WINDOW))
 }
 
-/// A window that no path overflows by when it is sent at once, segments. Measured: on a path of 0.1 ms bursts of thousands of segments
-/// lost nine of them in a megabyte, those of 256 less than one.
+/// A window that may be sent at once on any path, segments.
 const BURST: u32 = 256;
 
 /// What a connection keeps of its congestion window when it moves: nothing paces the first flight afterwards, so no more than twice
 /// what has been on the way (the bandwidth-delay product), for beyond that the window tells of a queue. `rate`: what has been delivered,
-/// bytes a second; 0: not known. Windows in segments of `mss` bytes.
+/// bytes a second; 0, as a round trip of 0: not known. Windows in segments of `mss` bytes.
 #[must_use]
 pub fn window_to_carry(window: u32, rate: u64, round_trip_us: u32, mss: u32) -> u32 {
     let bytes = u128::from(rate) * u128::from(round_trip_us) / 1_000_000;

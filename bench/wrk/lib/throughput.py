@@ -204,7 +204,7 @@ def findings(rows):
         f"- XO, stays, beside l4, where below {GOAL}: {found(v for v in to_l4 if v[1] < GOAL)}. The library looks at each request's head before the server"
         " takes it: one more receive, heads parsed twice. It cannot be taken first, for what a socket has given cannot be put back.",
         f"- {size_text(small)}, of nginx's requests/s, in brackets what the paper's artifact reaches with a server of its own in the process that hands over:"
-        f" {', '.join(moved)}. A move is about a hundred system calls of the daemons, five messages, and as many wake-ups; no function has more than a few"
+        f" {', '.join(moved)}. A move is about a hundred system calls of the daemons, five messages, and as many wake-ups; no function of XO's has more than two"
         " percent of it.",
         f"- More segments resent for a response than l4: {'; '.join(more) or 'none'}. They are lost, not overtaken (few come twice, and"
         " `net.ipv4.tcp_reordering` changes nothing): a connection that has moved is in slow start again, for its threshold cannot go along.\n",

@@ -15,23 +15,25 @@ const MEGABYTE: usize = 1 << 20;
 const SUITES: [(u16, &str); 3] =
     [(0x1301, "AES-128-GCM"), (0x1302, "AES-256-GCM"), (0x1303, "CHACHA20-POLY1305")];
 
-/// The median of `rounds` runs, microseconds.
-fn median(rounds: usize, mut run: impl FnMut()) -> f64 {
-    let mut times: Vec<_> = (0..rounds)
-        .map(|_| {
-            let begun = Instant::now();
-            run();
-            begun.elapsed()
-        })
-        .collect();
+/// The median, microseconds.
+fn median(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
-    times[rounds / 2].as_nanos() as f64 / 1000.0
+    times[times.len() / 2].as_nanos() as f64 / 1000.0
 }
 
-fn row(what: &str, suite: &str, unit: &str, value: f64) {
-    println!(
-        "row {{\"what\": \"{what}\", \"suite\": \"{suite}\", \"unit\": \"{unit}\", \"value\": {value:.3}}}"
-    );
+fn time(mut run: impl FnMut()) -> Duration {
+    let begun = Instant::now();
+    run();
+    begun.elapsed()
+}
+
+fn states(mut run: impl FnMut()) -> Vec<Duration> {
+    (0..STATES).map(|_| time(&mut run)).collect()
+}
+
+fn row(what: &str, suite: &str, times: Vec<Duration>) {
+    let value = median(times);
+    println!("row {{\"what\": \"{what}\", \"suite\": \"{suite}\", \"value\": {value:.3}}}");
 }
 
 /// A direction that is followed, as the library does beside OpenSSL.
@@ -52,8 +54,8 @@ fn state(cipher: u16, [received, sent]: &[Stream; 2]) -> TlsState {
     }
 }
 
-/// What one direction's records of a megabyte cost, microseconds: sealed, opened.
-fn records(suite: Suite, direction: &Direction) -> [f64; 2] {
+/// What one direction's records of a megabyte cost, each time: sealed, opened.
+fn records(suite: Suite, direction: &Direction) -> [Vec<Duration>; 2] {
     let data = vec![b'x'; MEGABYTE];
     let (mut outgoing, mut incoming) =
         (Outgoing::new(suite, direction.clone()), Incoming::new(suite, direction.clone()));
@@ -65,24 +67,17 @@ fn records(suite: Suite, direction: &Direction) -> [f64; 2] {
         let mut spent = Duration::ZERO;
         // As the library writes: some records at a time.
         for part in data.chunks(4 * MAX_PLAINTEXT) {
-            let begun = Instant::now();
-            outgoing.data(part).expect("sealed");
-            spent += begun.elapsed();
+            spent += time(|| outgoing.data(part).expect("sealed"));
             wire.extend_from_slice(outgoing.pending());
             outgoing.taken(outgoing.pending().len());
             outgoing.told(part.len());
         }
         sealed.push(spent);
-        let begun = Instant::now();
-        incoming.open(&mut wire, usize::MAX);
+        opened.push(time(|| incoming.open(&mut wire, usize::MAX)));
         assert_eq!(incoming.data().len(), MEGABYTE);
-        opened.push(begun.elapsed());
         incoming.used(MEGABYTE);
     }
-    [sealed, opened].map(|mut times| {
-        times.sort_unstable();
-        times[times.len() / 2].as_nanos() as f64 / 1000.0
-    })
+    [sealed, opened]
 }
 
 #[test]
@@ -92,30 +87,18 @@ fn costs() {
         let suite = Suite::of(Version::Tls13, cipher).expect("a suite");
         let streams = [stream(suite), stream(suite)];
         let exported = state(cipher, &streams);
-        row("export", name, "us", median(STATES, || drop(black_box(state(cipher, &streams)))));
+        row("export", name, states(|| drop(black_box(state(cipher, &streams)))));
         let import =
             || drop(black_box((exported.incoming().expect("keys"), exported.outgoing().expect("keys"))));
-        row("import", name, "us", median(STATES, import));
+        row("import", name, states(import));
         let mut bytes = [0; frame::MAX_LOCAL_MESSAGE];
+        let encode = || drop(black_box(frame::encode_local(&exported, black_box(&mut bytes))));
+        row("encode", name, states(encode));
         let n = frame::encode_local(&exported, &mut bytes).expect("it has room");
-        row(
-            "encode",
-            name,
-            "us",
-            median(STATES, || {
-                black_box(frame::encode_local(&exported, black_box(&mut bytes)).expect("it has room"));
-            }),
-        );
-        row(
-            "decode",
-            name,
-            "us",
-            median(STATES, || {
-                drop(black_box(frame::decode_local::<TlsState>(black_box(&bytes[..n])).expect("a state")));
-            }),
-        );
+        let decode = || drop(black_box(frame::decode_local::<TlsState>(black_box(&bytes[..n]))));
+        row("decode", name, states(decode));
         let [sealed, opened] = records(suite, &exported.sent);
-        row("seal 1 MB", name, "us", sealed);
-        row("open 1 MB", name, "us", opened);
+        row("seal 1 MB", name, sealed);
+        row("open 1 MB", name, opened);
     }
 }

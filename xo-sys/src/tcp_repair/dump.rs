@@ -169,7 +169,9 @@ fn state(fd: RawFd, info: &TcpInfo, limit: usize) -> Result<TcpState, RepairErro
 /// The congestion window to go on with.
 fn window(info: &TcpInfo) -> u32 {
     let now = window_after_idle(info.snd_cwnd, u64::from(info.last_data_sent) * 1000, info.rto);
-    window_to_carry(now, info.delivery_rate, info.min_rtt, info.snd_mss)
+    // The kernel has the largest number where it has measured none.
+    let round_trip = if info.min_rtt == u32::MAX { 0 } else { info.min_rtt };
+    window_to_carry(now, info.delivery_rate, round_trip, info.snd_mss)
 }
 
 /// The most that this socket may have offered when it is emptied, from RCV.NXT on: a delayed acknowledgement can
